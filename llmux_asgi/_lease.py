@@ -1,0 +1,83 @@
+"""What a request holds while it waits for its model, and while it is being served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import anyio
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+
+from ._state import Ticket
+from .exceptions import LLMuxError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
+
+    from .switcher import ModelSwitcher
+
+__all__ = ["Activation", "Lease", "Waiter"]
+
+
+class Activation:
+    """One stretch of time in which a model was awake; shared by the leases granted in it."""
+
+    __slots__ = ("interrupted",)
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+
+class Lease:
+    """The right to have one request answered by an awake model. It keeps the model awake until it is released."""
+
+    __slots__ = ("_activation", "_released", "_switcher", "model", "switch", "waited")
+
+    def __init__(
+        self,
+        switcher: ModelSwitcher,
+        activation: Activation,
+        model: str,
+        waited: float = 0.0,
+        switch: SpanContext | None = None,
+    ) -> None:
+        self._switcher = switcher
+        self._activation = activation
+        self._released = False
+        self.model = model
+        """The model's configured name, aliases resolved."""
+        self.waited = waited
+        """For how many seconds the request waited for its model."""
+        self.switch = switch
+        """The span of the switch that it waited for, if it waited for one."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the model was put to sleep while this lease was held: what the server answers now is cut short."""
+        return self._activation.interrupted
+
+    def release(self) -> None:
+        """Give the lease back. Never waits, and may be called again."""
+        if not self._released:
+            self._released = True
+            self._switcher._release(self.model)
+
+    def distrust(self) -> None:
+        """Report that the server did not behave as an awake one does: every server is asked before the next request."""
+        self._switcher.distrust()
+
+
+class Waiter(Ticket):
+    """A ticket with the means to tell its request, and the trace that the request belongs to."""
+
+    __slots__ = ("activation", "context", "error", "event", "span", "switch")
+
+    def __init__(self, model: str, since: float) -> None:
+        super().__init__(model, since)
+        self.event = anyio.Event()
+        self.context = otel_context.get_current()
+        self.span = trace.get_current_span().get_span_context()
+        self.error: Callable[[], LLMuxError] | None = None
+        self.activation: Activation | None = None
+        self.switch: SpanContext | None = None

@@ -1,0 +1,296 @@
+"""The relay: one request to an awake server, bytes in and bytes out, cancelled when its client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import anyio
+import httpx
+from opentelemetry import trace
+from starlette.types import Message, Receive, Scope, Send
+
+from . import telemetry as names
+from ._lease import Lease
+from ._openai import (
+    Headers,
+    aborted_at,
+    error_event,
+    relayed_request_headers,
+    relayed_response_headers,
+    split_events,
+    with_model,
+)
+from .config import ModelConfig, TimeoutsConfig
+from .exceptions import InterruptedRequestError, LLMuxError, UpstreamError
+from .telemetry import failed, inject_headers
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["HttpxUpstream", "Proxy", "Upstream", "UpstreamFault", "UpstreamResponse"]
+
+SCOPE_LEASE = "llmux.lease"
+"""Key of the ASGI scope under which the middleware hands the lease to the app that answers."""
+SCOPE_ROUTE = "llmux.route"
+"""Key of the ASGI scope with the request's path below the gateway's mount point."""
+
+_LONGEST_EVENT = 1 << 20
+"""Bytes of an unfinished server-sent event that are held back at most."""
+
+
+class UpstreamFault(Exception):
+    """A server refused, broke off or timed out. The message completes 'The server of the model … '."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamResponse:
+    """A server's answer: `chunks` yields the body's bytes as they come, and raises `UpstreamFault`."""
+
+    status: int
+    headers: Headers
+    chunks: AsyncGenerator[bytes, None]
+
+
+class Upstream(Protocol):
+    """Sends one request. The seam at which the HTTP client can be replaced."""
+
+    def request(
+        self, method: bytes, url: str, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+    ) -> AbstractAsyncContextManager[UpstreamResponse]:
+        """Send `method target` to the server at `url` (scheme, host and port). Leaving the block ends the exchange.
+
+        Raises `UpstreamFault` if no answer comes.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close idle connections; the next request opens new ones."""
+        ...
+
+
+class HttpxUpstream:
+    """`Upstream` over httpx's transport, called directly: `AsyncClient` would add headers, cookies and redirects."""
+
+    def __init__(self) -> None:
+        self._transport: httpx.AsyncHTTPTransport | None = None
+        self._loop: int | None = None
+
+    @asynccontextmanager
+    async def request(
+        self, method: bytes, url: str, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+    ) -> AsyncIterator[UpstreamResponse]:
+        """Send a request; see `Upstream`."""
+        base = httpx.URL(url)
+        request = httpx.Request(
+            method.decode("ascii"),
+            base.copy_with(raw_path=target),
+            headers=[(b"host", base.netloc), *headers, (b"content-length", str(len(body)).encode())],
+            content=body,
+            extensions={"timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None}},
+        )
+        with _faults(timeouts):
+            response = await self._open().handle_async_request(request)
+        try:
+            yield UpstreamResponse(response.status_code, response.headers.raw, self._chunks(response, timeouts))
+        finally:
+            # Also when the client is gone and this task is being cancelled: the server must stop generating.
+            with anyio.CancelScope(shield=True):
+                await response.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.aclose()
+
+    def _open(self) -> httpx.AsyncHTTPTransport:
+        # A connection belongs to its event loop; an app that is used on a second one (a test client does that) starts anew.
+        loop = _running_loop()
+        if self._transport is None or loop != self._loop:
+            # vLLM closes idle connections after 5 s: one is not reused when that could be about to happen.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+            self._transport, self._loop = httpx.AsyncHTTPTransport(limits=limits, trust_env=False), loop
+        return self._transport
+
+    async def _chunks(self, response: httpx.Response, timeouts: TimeoutsConfig) -> AsyncGenerator[bytes, None]:
+        with _faults(timeouts):
+            async for chunk in response.aiter_raw():
+                yield chunk
+
+
+@contextmanager
+def _faults(timeouts: TimeoutsConfig) -> Iterator[None]:
+    try:
+        yield
+    except httpx.ConnectTimeout as exc:
+        raise UpstreamFault(f"did not accept a connection within {timeouts.connect:.3g} s.") from exc
+    except httpx.ConnectError as exc:
+        raise UpstreamFault(f"cannot be reached: {exc or 'connection failed'}.") from exc
+    except httpx.TimeoutException as exc:
+        raise UpstreamFault(f"was silent for {timeouts.read:.3g} s.") from exc
+    except httpx.HTTPError as exc:
+        raise UpstreamFault(f"broke off: {exc or type(exc).__name__}.") from exc
+
+
+def _running_loop() -> int:
+    try:
+        return id(asyncio.get_running_loop())
+    except RuntimeError:
+        return 0  # trio
+
+
+class Proxy:
+    """The ASGI app behind the middleware: relays the request to the server of the model that it holds a lease on."""
+
+    def __init__(self, models: Mapping[str, ModelConfig], upstream: Upstream | None = None) -> None:
+        self._targets = {name: _Target.of(name, model) for name, model in models.items()}
+        self._upstream = upstream or HttpxUpstream()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
+        relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream)
+        body = await _read_body(receive)
+        if body is None:
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_watch_client, receive, tasks.cancel_scope)
+            await relay.run(body)
+            tasks.cancel_scope.cancel()
+        # An error is raised here and not above, where the task group would wrap it.
+        if relay.error is not None:
+            raise relay.error
+
+    async def aclose(self) -> None:
+        """Close idle connections to the servers."""
+        await self._upstream.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the requests for one model go."""
+
+    url: str
+    prefix: bytes
+    served_name: str
+    timeouts: TimeoutsConfig
+
+    @classmethod
+    def of(cls, name: str, model: ModelConfig) -> _Target:
+        parts = urlsplit(model.url)
+        prefix = parts.path.rstrip("/").encode("ascii")
+        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, model.timeouts)
+
+
+class _Relay:
+    """One request on its way."""
+
+    def __init__(self, scope: Scope, send: Send, target: _Target, upstream: Upstream) -> None:
+        self._scope = scope
+        self._send = send
+        self._target = target
+        self._upstream = upstream
+        self._lease: Lease = scope[SCOPE_LEASE]
+        self._route: str = scope[SCOPE_ROUTE]
+        self._started = False
+        self._streams_events = False
+        self.error: LLMuxError | None = None
+
+    async def run(self, body: bytes) -> None:
+        try:
+            await self._relay(body)
+        except UpstreamFault as exc:
+            self._lease.distrust()
+            error = UpstreamError(self._lease.model, str(exc))
+            error.__cause__ = exc
+            await self._fail(error)
+        except LLMuxError as exc:
+            await self._fail(exc)
+
+    async def _relay(self, body: bytes) -> None:
+        body = with_model(body, self._target.served_name)
+        headers = relayed_request_headers(self._scope["headers"])
+        inject_headers(headers)
+        target = self._target.prefix + self._route.encode("ascii")
+        if query := self._scope.get("query_string"):
+            target += b"?" + query
+        exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
+        async with exchange as response:
+            self._streams_events = any(
+                name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in response.headers
+            )
+            start: Message = {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": relayed_response_headers(response.headers),
+            }
+            async with aclosing(response.chunks) as chunks:
+                if self._streams_events:
+                    await self._relay_events(start, chunks)
+                elif self._lease.interrupted:
+                    await self._relay_checked(start, chunks)
+                else:
+                    await self._begin(start)
+                    async for chunk in chunks:
+                        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
+        await self._begin(start)
+        rest = b""
+        async for chunk in chunks:
+            events, rest = split_events(rest + chunk)
+            if len(rest) > _LONGEST_EVENT:
+                events, rest = events + rest, b""
+            if self._lease.interrupted and (cut := aborted_at(events, self._route)) is not None:
+                await self._send({"type": "http.response.body", "body": events[:cut], "more_body": True})
+                raise InterruptedRequestError(self._lease.model)
+            if events:
+                await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        if rest:
+            await self._send({"type": "http.response.body", "body": rest, "more_body": True})
+
+    async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
+        """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
+        body = b"".join([chunk async for chunk in chunks])
+        if aborted_at(body, self._route) is not None:
+            raise InterruptedRequestError(self._lease.model)
+        await self._begin(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _begin(self, start: Message) -> None:
+        self._started = True
+        await self._send(start)
+
+    async def _fail(self, error: LLMuxError) -> None:
+        if not self._started:
+            self.error = error
+            return
+        logger.warning("%s", error)
+        failed(trace.get_current_span(), error)
+        if self._streams_events:
+            await self._send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+        # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the request's body, `None` if the client left before it was complete."""
+    parts: list[bytes] = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _watch_client(receive: Receive, relay: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    trace.get_current_span().set_attribute(names.CLIENT_DISCONNECTED, True)
+    relay.cancel()

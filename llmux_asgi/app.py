@@ -1,0 +1,135 @@
+"""The gateway as an app: mount it, or run it by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
+from ._proxy import Proxy
+from .config import ConfigSource, load_config
+from .exceptions import UnknownModelError
+from .middleware import LLMuxMiddleware, route_path
+from .policy import SwitchPolicy
+from .switcher import ModelSwitcher
+from .telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
+
+__all__ = ["LLMuxApp"]
+
+_MODELS = "/v1/models"
+
+
+class LLMuxApp:
+    """An ASGI app that speaks OpenAI's API for all models of `config` and keeps one of them awake.
+
+        app.mount("/llm", LLMuxApp("llmux.yaml"))
+
+    `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
+    `policy` replaces the one of the configuration. The providers are OpenTelemetry's, by default the global ones.
+
+    A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
+    used. A host that wants them closed at its end enters `lifespan`: `Starlette(lifespan=llm.lifespan, …)`.
+    """
+
+    def __init__(
+        self,
+        config: ConfigSource,
+        *,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        policy: SwitchPolicy | None = None,
+    ) -> None:
+        self.config = load_config(config)
+        self.switcher = ModelSwitcher.from_config(
+            self.config, policy=policy, telemetry=Telemetry(tracer_provider, meter_provider)
+        )
+        self._proxy = Proxy(self.config.models)
+        self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
+        self._created = int(time.time())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        match scope["type"]:
+            case "http":
+                await self._serve(scope, receive, send)
+            case "lifespan":
+                await _run_lifespan(self.lifespan, scope, receive, send)
+            case "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1000, "reason": "no websocket is served here"})
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """On leaving, close what the gateway has opened; a step on the wire is waited for. For the host's `lifespan`."""
+        try:
+            yield
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Refuse waiting requests, let a switch step that is on the wire end, and close all connections."""
+        await self.switcher.aclose()
+        await self._proxy.aclose()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method = route_path(scope), scope["method"]
+        if path in INFERENCE_ROUTES:
+            if method == "POST":
+                await self._inference(scope, receive, send)
+            else:
+                await _refuse(send, _not_allowed(method, path), [(b"allow", b"POST")])
+        elif path == _MODELS or path.startswith(_MODELS + "/"):
+            if method in ("GET", "HEAD"):
+                await self._list_models(path.removeprefix(_MODELS).removeprefix("/"), send)
+            else:
+                await _refuse(send, _not_allowed(method, path), [(b"allow", b"GET, HEAD")])
+        else:
+            message = f"Unknown request URL: {method} {path}. The gateway serves the inference routes of OpenAI's API only."
+            await _refuse(send, error_answer(404, message, "invalid_request_error", "unknown_url"))
+
+    async def _list_models(self, name: str, send: Send) -> None:
+        cards = {
+            model: {"id": model, "object": "model", "created": self._created, "owned_by": "llmux_asgi"}
+            for model in self.switcher.models
+        }
+        if not name:
+            await _answer_json(send, {"object": "list", "data": list(cards.values())})
+        elif (model := self.switcher.resolve(name)) is not None:
+            await _answer_json(send, cards[model])
+        else:
+            await _refuse(send, describe(UnknownModelError(name)))
+
+
+def _not_allowed(method: str, path: str) -> ErrorAnswer:
+    return error_answer(405, f"Method {method} is not allowed for {path}.", "invalid_request_error", "method_not_allowed")
+
+
+async def _answer_json(send: Send, content: object) -> None:
+    body = msgspec.json.encode(content)
+    headers: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, answer: ErrorAnswer, headers: Headers | None = None) -> None:
+    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *(headers or [])]})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _run_lifespan(
+    lifespan: Callable[[Any], Any], scope: Scope, receive: Receive, send: Callable[[dict[str, Any]], Awaitable[None]]
+) -> None:
+    await receive()
+    async with lifespan(scope.get("app")):
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+    await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,48 @@
+"""The seam between the switcher and an inference server."""
+
+from __future__ import annotations
+
+import enum
+from typing import Protocol
+
+__all__ = ["Backend", "BackendState"]
+
+
+class BackendState(enum.Enum):
+    """What a server says of itself."""
+
+    AWAKE = "awake"
+    """It answers requests and holds memory."""
+    ASLEEP = "asleep"
+    """It holds no memory; a request sent to it would hang."""
+    UNREACHABLE = "unreachable"
+    """Nothing listens at its address: the process is gone, and its memory with it."""
+
+
+class Backend(Protocol):
+    """One inference server. Implement it to switch something else than vLLM.
+
+    Each method keeps its own time limit and raises `BackendError` with a message that says what to do. The switcher calls
+    them one at a time, except `state`, which may be called for several servers at once, and never cancels `sleep` or `wake`.
+    `str(backend)` names the server in error messages.
+    """
+
+    async def state(self) -> BackendState:
+        """Ask the server whether it sleeps. Raises `BackendError` if it gives no clear answer: it is never guessed."""
+        ...
+
+    async def sleep(self, level: int) -> None:
+        """Put the model to sleep at `level` (1: weights to CPU memory, 2: discarded). Returns once that is confirmed."""
+        ...
+
+    async def wake(self) -> None:
+        """Bring the model back, weights included, whatever level it sleeps at. Returns when the server says it is done."""
+        ...
+
+    async def ready(self) -> None:
+        """Return as soon as the woken server takes requests."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close connections. The backend may be used again afterwards."""
+        ...

@@ -1,0 +1,223 @@
+"""The configuration: models, policy, limits. By object, dict or file (YAML, TOML, JSON), validated once.
+
+    models:
+      qwen:
+        url: http://127.0.0.1:8001
+        served_name: Qwen/Qwen3-14B     # default: the model's own name
+        aliases: [gpt-4o]
+        sleep_level: 1                  # default: the policy's
+        timeouts: {sleep: 120, wake: 300}
+      llama:
+        url: http://127.0.0.1:8002
+    policy: {name: fifo, min_active_duration: 5}
+    limits: {max_body: 33554432}
+
+All durations are in seconds, all sizes in bytes. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from .exceptions import ConfigError
+
+__all__ = [
+    "Config",
+    "ConfigSource",
+    "LimitsConfig",
+    "ModelConfig",
+    "PolicyConfig",
+    "TimeoutsConfig",
+    "json_schema",
+    "load_config",
+]
+
+Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
+PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0)]
+SleepLevel: TypeAlias = Literal[1, 2]
+_Name: TypeAlias = Annotated[str, Meta(min_length=1)]
+_T = TypeVar("_T")
+
+
+class _ValueConfigError(ConfigError, ValueError):
+    """A value that has the right type and is still wrong. A `ValueError` too, so that msgspec adds the path around it."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(f"$.{where}: {message}")
+
+
+class TimeoutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Time limits of one model, in seconds."""
+
+    request: Annotated[PositiveSeconds | None, Meta(description="Longest wait in the queue; null: the policy's.")] = None
+    connect: Annotated[PositiveSeconds, Meta(description="Opening a connection to the server.")] = 5.0
+    probe: Annotated[PositiveSeconds, Meta(description="One question to the server (is_sleeping, version).")] = 5.0
+    sleep: Annotated[PositiveSeconds, Meta(description="Putting the model to sleep, confirmation included.")] = 120.0
+    wake: Annotated[PositiveSeconds, Meta(description="Waking the model, reload of the weights included.")] = 300.0
+    read: Annotated[
+        PositiveSeconds | None, Meta(description="Silence of the server in the middle of an answer; null: no limit.")
+    ] = 600.0
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model and the vLLM server that serves it."""
+
+    url: Annotated[_Name, Meta(description="Root of the vLLM server, http://host:port; without /v1.")]
+    served_name: Annotated[
+        _Name | None, Meta(description="The name that the server knows the model by; null: the same name.")
+    ] = None
+    aliases: Annotated[tuple[_Name, ...], Meta(description="Further names that clients may use.")] = ()
+    sleep_level: Annotated[
+        SleepLevel | None,
+        Meta(description="1 keeps the weights in CPU memory, 2 discards and reloads them; null: the policy's."),
+    ] = None
+    timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(str(self.url))
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise _ValueConfigError("url", f"{self.url!r} is not a URL such as http://127.0.0.1:8001")
+        try:
+            _ = parts.port
+        except ValueError as exc:
+            raise _ValueConfigError("url", f"{self.url!r}: {exc}") from None
+        if parts.username or parts.query or parts.fragment:
+            raise _ValueConfigError("url", f"{self.url!r} must be scheme, host, port and path only")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise _ValueConfigError("url", f"{self.url!r} must be the server's root: leave out the /v1 at its end")
+
+
+class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When to switch."""
+
+    name: Annotated[Literal["fifo"], Meta(description="The switch policy.")] = "fifo"
+    sleep_level: Annotated[SleepLevel, Meta(description="Sleep level of models that do not set their own.")] = 1
+    request_timeout: Annotated[
+        PositiveSeconds | None, Meta(description="Longest wait of a request for its model; null: no limit.")
+    ] = 60.0
+    min_active_duration: Annotated[Seconds, Meta(description="A woken model stays active for at least this long.")] = 5.0
+    drain: Annotated[bool, Meta(description="Let running requests finish before the model is put to sleep.")] = True
+    drain_timeout: Annotated[
+        Seconds | None, Meta(description="Longest drain; requests still running then are aborted. null: no deadline.")
+    ] = None
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the gateway refuses, and how patient it is after a failed switch."""
+
+    max_body: Annotated[int, Meta(gt=0, description="Largest request body in bytes; larger ones get a 413.")] = 32 * 1024 * 1024
+    backoff_initial: Annotated[Seconds, Meta(description="Pause after a model's first failed switch.")] = 1.0
+    backoff_max: Annotated[Seconds, Meta(description="Longest pause; it doubles with each failure in a row.")] = 30.0
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole configuration of one gateway."""
+
+    models: Annotated[dict[_Name, ModelConfig], Meta(min_length=1, description="Models by the name that clients use.")]
+    policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise _ValueConfigError("models", "name at least one model")
+        owners = {name: name for name in self.models}
+        for name, model in self.models.items():
+            for index, alias in enumerate(model.aliases):
+                if (owner := owners.setdefault(alias, name)) != name or alias == name:
+                    raise _ValueConfigError(f"models.{name}.aliases[{index}]", f"{alias!r} already names the model {owner!r}")
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Every alias with the name of its model."""
+        return {alias: name for name, model in self.models.items() for alias in model.aliases}
+
+
+ConfigSource: TypeAlias = Config | Mapping[str, Any] | str | os.PathLike[str]
+"""What a configuration may be given as: an object, a dict, or the path of a YAML, TOML or JSON file."""
+
+
+def load_config(source: ConfigSource) -> Config:
+    """Validate `source` and return the configuration. Raises `ConfigError`, whose message names the path and the cause."""
+    if isinstance(source, Config):
+        # Constructors check values, not types: the round trip checks both, whoever built the objects.
+        return _build(msgspec.to_builtins(source))
+    if isinstance(source, Mapping):
+        return _build(source)
+    path = Path(source)
+    try:
+        return _build(_parser(path)(path.read_bytes()))
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from None
+    except OSError as exc:
+        raise ConfigError(f"{path}: {exc.strerror or exc}") from exc
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a configuration file; shipped as `llmux_asgi/config.schema.json`."""
+    schema = msgspec.json.schema(Config)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmux_asgi configuration", **schema}
+
+
+def _parser(path: Path) -> Callable[[bytes], Any]:
+    match path.suffix.lower():
+        case ".json":
+            return _json
+        case ".toml":
+            return _toml
+        case ".yaml" | ".yml":
+            return _yaml
+        case suffix:
+            raise ConfigError(f"$: the file's ending {suffix!r} is not one of .yaml, .yml, .toml, .json")
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return msgspec.json.decode(data)
+    except msgspec.DecodeError as exc:
+        raise ConfigError(f"$: not valid JSON: {exc}") from None
+
+
+def _toml(data: bytes) -> Any:
+    try:
+        return tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"$: not valid TOML: {exc}") from None
+
+
+def _yaml(data: bytes) -> Any:
+    try:
+        return msgspec.yaml.decode(data)
+    except msgspec.DecodeError as exc:
+        raise ConfigError(f"$: not valid YAML: {' '.join(str(exc).split())}") from None
+    except ImportError:
+        raise ConfigError("$: reading YAML needs PyYAML: pip install 'llmux-asgi[yaml]'") from None
+
+
+def _build(raw: Any) -> Config:
+    if isinstance(raw, Mapping) and isinstance(models := raw.get("models"), Mapping):
+        # msgspec calls every key of a mapping `[...]`: converting model by model is what gives errors the model's name.
+        built = {name: _convert(model, ModelConfig, f"$.models.{name}") for name, model in models.items()}
+        raw = {**raw, "models": built}
+    return _convert(raw, Config, "$")
+
+
+def _convert(raw: Any, kind: type[_T], root: str) -> _T:
+    if isinstance(raw, kind):
+        raw = msgspec.to_builtins(raw)
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as exc:
+        message, _, where = str(exc).partition(" - at `$")
+        where = where.removesuffix("`")
+        if found := re.fullmatch(r"\$(\.[^ ]+): (.*)", message, re.DOTALL):  # raised by a __post_init__ of ours
+            where, message = where + found[1], found[2]
+        raise ConfigError(f"{root}{where}: {message[:1].lower()}{message[1:]}") from None

@@ -1,0 +1,131 @@
+"""Everything that llmux_asgi raises on purpose.
+
+    LLMuxError
+    ├── ConfigError                 the configuration is wrong: says where and why
+    ├── PolicyError                 a switch policy broke its contract
+    ├── InvalidRequestError         the request names no model, or is not JSON
+    │   └── BodyTooLargeError       the request's body exceeds the limit
+    ├── UnknownModelError           no model of that name or alias is configured
+    ├── QueueTimeoutError           the model did not become active within `request_timeout`
+    ├── SwitchError                 the switch that the request waited for failed, or is backing off
+    ├── InterruptedRequestError     a switch aborted the request while it ran
+    ├── BackendError                an inference server's control API failed
+    │   ├── BackendUnreachableError nothing listens at the server's address
+    │   ├── BackendTimeoutError     the server did not answer within the step's time limit
+    │   └── BackendUnsupportedError the server cannot sleep safely (version, dev mode, sleep mode)
+    └── UpstreamError               relaying one request to an awake server failed
+
+Which HTTP status each becomes is decided in one table, `llmux_asgi._openai.describe`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BackendTimeoutError",
+    "BackendUnreachableError",
+    "BackendUnsupportedError",
+    "BodyTooLargeError",
+    "ConfigError",
+    "InterruptedRequestError",
+    "InvalidRequestError",
+    "LLMuxError",
+    "PolicyError",
+    "QueueTimeoutError",
+    "SwitchError",
+    "UnknownModelError",
+    "UpstreamError",
+]
+
+
+class LLMuxError(Exception):
+    """Base class of all errors of this library."""
+
+
+class ConfigError(LLMuxError):
+    """The configuration cannot be used. The message starts with the path of the faulty value, `$.models.qwen.url: …`."""
+
+
+class PolicyError(LLMuxError):
+    """A switch policy raised, or answered something that is not a `PolicyDecision`."""
+
+
+class InvalidRequestError(LLMuxError):
+    """The request cannot be understood. `param` is the offending field of the body, `None` for the body itself."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request's body is larger than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request body is larger than the limit of {limit} bytes.")
+        self.limit = limit
+
+
+class UnknownModelError(LLMuxError):
+    """No model is configured under this name or alias."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists the models served here.")
+        self.model = model
+
+
+class QueueTimeoutError(LLMuxError):
+    """The model did not become active in time. `waited` and `retry_after` are in seconds."""
+
+    def __init__(self, model: str, waited: float, reason: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(f"The model {model!r} did not become active within {waited:.3g} s: {reason}.")
+        self.model = model
+        self.waited = waited
+        self.retry_after = retry_after
+
+
+class SwitchError(LLMuxError):
+    """The switch to `model` failed. `retry_after` (seconds) is when the next attempt is allowed."""
+
+    def __init__(self, model: str, reason: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(f"Switching to the model {model!r} failed: {reason}")
+        self.model = model
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class InterruptedRequestError(LLMuxError):
+    """The running request was aborted because its model was put to sleep (drain off, or the drain deadline passed)."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The request was aborted because the model {model!r} was put to sleep before the answer was complete. "
+            "Send the request again."
+        )
+        self.model = model
+        self.retry_after = 1.0
+
+
+class BackendError(LLMuxError):
+    """A control call (sleep, wake, state) failed; the message names the server, the call and what to do."""
+
+
+class BackendUnreachableError(BackendError):
+    """Nothing accepts connections at the server's address: its process is gone, or the address is wrong."""
+
+
+class BackendTimeoutError(BackendError):
+    """The server accepted the call and did not answer within the step's time limit."""
+
+
+class BackendUnsupportedError(BackendError):
+    """The server must not be used for switching as it is: version, dev mode or sleep mode. Says how to mend it."""
+
+
+class UpstreamError(LLMuxError):
+    """An awake server refused, broke off or timed out while a request was relayed to it."""
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"The server of the model {model!r} {reason}")
+        self.model = model
+        self.reason = reason

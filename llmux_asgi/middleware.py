@@ -1,0 +1,225 @@
+"""The switching around any ASGI app: find the model's name, hold a lease on it until the app has sent its last byte."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Literal
+
+import anyio
+from opentelemetry.trace import Span
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import telemetry as names
+from ._lease import Lease
+from ._openai import INFERENCE_ROUTES, describe, model_of, read_fields
+from ._proxy import SCOPE_LEASE, SCOPE_ROUTE
+from .exceptions import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    LLMuxError,
+    PolicyError,
+    SwitchError,
+    UnknownModelError,
+)
+from .switcher import ModelSwitcher
+from .telemetry import failed
+
+__all__ = ["MODEL_HEADER", "LLMuxMiddleware", "route_path"]
+
+MODEL_HEADER = "x-llmux-model"
+"""Request header that names the model in place of the body."""
+
+logger = logging.getLogger(__name__)
+
+
+class LLMuxMiddleware:
+    """Makes sure that the model a request names is awake while `app` answers it.
+
+    It acts on POST requests whose path, below any mount prefix, is one of `paths`; everything else (other paths and
+    methods, websockets, lifespan) reaches `app` untouched. The model is named by the header `x-llmux-model` or by the JSON
+    body, which is read up to `max_body` bytes and handed on whole. Requests for models that the switcher does not know are
+    answered with a 404, or with `unknown="pass"` go to `app` without a lease.
+
+    The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        switcher: ModelSwitcher,
+        *,
+        paths: Collection[str] = INFERENCE_ROUTES,
+        unknown: Literal["reject", "pass"] = "reject",
+        max_body: int = 32 * 1024 * 1024,
+    ) -> None:
+        self.app = app
+        self.switcher = switcher
+        self.paths = frozenset(paths)
+        self.unknown = unknown
+        self.max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] != "http" or scope["method"] != "POST" or (route := route_path(scope)) not in self.paths:
+            await self.app(scope, receive, send)
+            return
+        attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: "POST", names.HTTP_ROUTE: route}
+        if operation := names.OPERATIONS.get(route):
+            attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
+        with self.switcher.telemetry.request(scope["headers"], attributes) as span:
+            await _Responder(self, scope, receive, send, route, span).run()
+
+
+class _Responder:
+    """One request: its body read ahead, its lease, how far its answer has come."""
+
+    def __init__(self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, route: str, span: Span) -> None:
+        self._middleware = middleware
+        self._switcher = middleware.switcher
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._route = route
+        self._span = span
+        self._body: bytes | None = None
+        self._disconnected = False
+        self._lease: Lease | None = None
+        self._status = 0
+
+    async def run(self) -> None:
+        model = ""
+        try:
+            named = await self._find_name()
+            if self._disconnected:
+                return
+            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named)
+            if (resolved := self._switcher.resolve(named)) is not None:
+                model = resolved
+                self._span.set_attribute(names.MODEL, model)
+                await self._answer(model)
+            elif self._middleware.unknown == "pass":
+                await self._middleware.app(self._scope, self._replay, self._watch_answer)
+            else:
+                raise UnknownModelError(named)
+        except LLMuxError as exc:
+            if self._status:
+                raise
+            failed(self._span, exc)
+            if not isinstance(exc, (InvalidRequestError, UnknownModelError, SwitchError, PolicyError)):
+                logger.warning("%s", exc)  # a failed switch is logged once, by the switcher; a bad request is the client's
+            await self._refuse(exc)
+        finally:
+            counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
+            self._switcher.telemetry.requests.add(1, counted)
+
+    async def _answer(self, model: str) -> None:
+        lease = self._switcher.try_acquire(model) or await self._wait_for_lease(model)
+        if lease is None:
+            return
+        self._lease = lease
+        try:
+            self._span.set_attribute(names.QUEUE_TIME, lease.waited)
+            self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
+            if lease.switch is not None:
+                self._span.add_link(lease.switch)
+            scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route}
+            await self._middleware.app(scope, self._replay, self._watch_answer)
+        finally:
+            lease.release()
+
+    async def _wait_for_lease(self, model: str) -> Lease | None:
+        """Queue for the model, as long as the client stays. Returns `None` if it left."""
+        if self._body is None and not await self._read_body():
+            return None
+        lease: Lease | None = None
+        error: LLMuxError | None = None
+        try:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch_client, tasks.cancel_scope)
+                try:
+                    lease = await self._switcher.acquire(model)
+                except LLMuxError as exc:
+                    error = exc
+                tasks.cancel_scope.cancel()
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        if error is not None:
+            raise error
+        return lease
+
+    async def _find_name(self) -> str:
+        wanted = MODEL_HEADER.encode("ascii")
+        for name, value in self._scope["headers"]:
+            if name == wanted:
+                return str(value.decode("latin-1"))
+        if not await self._read_body():
+            return ""
+        fields = read_fields(self._body or b"")
+        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, fields.stream is True)
+        return model_of(fields)
+
+    async def _read_body(self) -> bool:
+        """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
+        limit = self._middleware.max_body
+        for name, value in self._scope["headers"]:
+            if name == b"content-length" and value.isdigit() and int(value) > limit:
+                raise BodyTooLargeError(limit)
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                self._note_disconnect()
+                return False
+            part = message.get("body", b"")
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise BodyTooLargeError(limit)
+            if not message.get("more_body", False):
+                self._body = parts[0] if len(parts) == 1 else b"".join(parts)
+                return True
+
+    async def _watch_client(self, waiting: anyio.CancelScope) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._note_disconnect()
+        waiting.cancel()
+
+    def _note_disconnect(self) -> None:
+        self._disconnected = True
+        self._span.set_attribute(names.CLIENT_DISCONNECTED, True)
+
+    async def _replay(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        if self._disconnected:
+            return {"type": "http.disconnect"}
+        return await self._receive()
+
+    async def _watch_answer(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            self._span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, self._status)
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
+            # The last byte is out: what the app does from here on (background tasks) needs no awake model.
+            self._lease.release()
+
+    async def _refuse(self, exc: LLMuxError) -> None:
+        answer = describe(exc)
+        await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
+
+
+def route_path(scope: Scope) -> str:
+    """Return the request's path below the mount point, as Starlette, FastAPI and Litestar hand it to a mounted app."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "").rstrip("/")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        path = path[len(root) :]
+    return path or "/"

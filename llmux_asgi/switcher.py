@@ -1,0 +1,485 @@
+"""The switcher: leases, queues, and the switches that state and policy decide.
+
+Nothing runs while nothing waits. The first request that has to wait starts the *driver*, one task for the whole switcher,
+which asks the policy, switches, and ends when the queues are empty. It belongs to no request: a client that goes away, a
+time limit, a cancelled host never reach into a step that is on the wire.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import anyio
+
+from . import telemetry as names
+from ._lease import Activation, Lease, Waiter
+from ._servers import Servers
+from ._spawn import spawn
+from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
+from .backends import Backend, VLLMBackend
+from .config import Config, PolicyConfig
+from .exceptions import BackendError, LLMuxError, PolicyError, QueueTimeoutError, SwitchError, UnknownModelError
+from .policy import Defer, FifoPolicy, PolicyContext, SwitchContext, SwitchNow, SwitchPolicy
+from .telemetry import Telemetry, failed
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+    from opentelemetry.trace import SpanContext
+
+__all__ = ["Lease", "ModelSwitcher"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """The last failed switch to a model."""
+
+    in_a_row: int
+    retry_at: float
+    reason: str
+
+
+@dataclass(slots=True)
+class _Deferral:
+    scope: anyio.CancelScope
+    done: bool = False
+
+
+class ModelSwitcher:
+    """Keeps at most one of several models awake, and hands out leases on the awake one.
+
+    `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
+    override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
+    seconds: it doubles with each failure in a row. `clock` gives monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        policy: SwitchPolicy | None = None,
+        *,
+        aliases: Mapping[str, str] | None = None,
+        sleep_levels: Mapping[str, int] | None = None,
+        request_timeouts: Mapping[str, float] | None = None,
+        backoff: tuple[float, float] = (1.0, 30.0),
+        telemetry: Telemetry | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._servers = Servers(backends)
+        self._names = {**(aliases or {}), **{model: model for model in backends}}
+        self._policy: SwitchPolicy = policy or FifoPolicy()
+        self._sleep_levels = dict(sleep_levels or {})
+        self._request_timeouts = dict(request_timeouts or {})
+        self._backoff = backoff
+        self.telemetry = telemetry or Telemetry()
+        self._clock = clock
+
+        self._state = SwitcherState(self.models)
+        self._failures: dict[str, _Failure] = {}
+        self._activation = Activation()
+        self._lock = anyio.Lock()
+        self._driving = False
+        self._stopped = anyio.Event()
+        self._changed = anyio.Event()
+        self._drained = anyio.Event()
+        self._give_up: anyio.CancelScope | None = None
+        self._deferrals: dict[str, _Deferral] = {}
+
+    @classmethod
+    def from_config(
+        cls, config: Config, *, policy: SwitchPolicy | None = None, telemetry: Telemetry | None = None
+    ) -> ModelSwitcher:
+        """Build the switcher of a configuration, with a `VLLMBackend` for each model."""
+        levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
+        if policy is None:
+            policy = _policy(config.policy)
+        return cls(
+            {
+                name: VLLMBackend(model.url, sleep_level=levels.get(name, policy.sleep_level), timeouts=model.timeouts)
+                for name, model in config.models.items()
+            },
+            policy,
+            aliases=config.aliases,
+            sleep_levels=levels,
+            request_timeouts={
+                name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
+            },
+            backoff=(config.limits.backoff_initial, config.limits.backoff_max),
+            telemetry=telemetry,
+        )
+
+    # Leases
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of the models, in the order of the configuration."""
+        return self._servers.models
+
+    def resolve(self, name: str) -> str | None:
+        """Return the model that `name` (a model's name or an alias) stands for, `None` if there is none."""
+        return self._names.get(name)
+
+    @asynccontextmanager
+    async def lease(self, model: str, *, timeout: float | None = None) -> AsyncIterator[Lease]:
+        """Wait until `model` is active and hold it awake inside the block.
+
+        Raises what `acquire` raises. May be cancelled at any time.
+        """
+        lease = await self.acquire(model, timeout=timeout)
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+    def try_acquire(self, model: str) -> Lease | None:
+        """Return a lease if `model` is active now, else `None`. Takes no lock and does not wait."""
+        if not self._state.try_admit(model):
+            return None
+        return Lease(self, self._activation, model)
+
+    async def acquire(self, model: str, *, timeout: float | None = None) -> Lease:
+        """Wait for a lease on `model` (a name or an alias); the caller has to release it.
+
+        `timeout` in seconds replaces the `request_timeout` of the model or policy. Raises `UnknownModelError`,
+        `QueueTimeoutError`, `SwitchError` or `PolicyError`.
+        """
+        name = self.resolve(model)
+        if name is None:
+            raise UnknownModelError(model)
+        if lease := self.try_acquire(name):
+            return lease
+        self._refuse_while_backing_off(name)
+        if timeout is None:
+            timeout = self._request_timeouts.get(name, self._policy.request_timeout)
+        waiter = Waiter(name, self._clock())
+        self._state.enqueue(waiter)
+        self._wake_driver()
+        try:
+            with anyio.move_on_after(timeout):
+                await waiter.event.wait()
+        except BaseException:
+            self._withdraw(waiter)
+            raise
+        waited = self._clock() - waiter.since
+        if waiter.status is TicketStatus.GRANTED:
+            return Lease(self, waiter.activation or self._activation, name, waited, waiter.switch)
+        if waiter.error is not None:
+            raise waiter.error()
+        reason = self._state.describe()
+        self._withdraw(waiter)
+        raise QueueTimeoutError(name, waited, reason, retry_after=max(1.0, self._policy.min_active_duration))
+
+    def statistics(self) -> SwitcherStatistics:
+        """Return a frozen snapshot of what the pool is doing."""
+        return self._state.snapshot()
+
+    def distrust(self) -> None:
+        """Have every server asked for its state before the next request is admitted, because something went wrong."""
+        if self._state.mode is not Mode.SWITCHING:  # a switch asks them anyway
+            self._state.distrust()
+            self._servers.forget()
+
+    async def reconcile(self) -> None:
+        """Ask every server for its state and adopt it. The first request does this by itself."""
+        async with self._lock:
+            self.distrust()
+            await self._reconcile()
+
+    async def aclose(self) -> None:
+        """Refuse the waiting requests, let a step that is on the wire end, and close the backends' connections.
+
+        The switcher may be used again afterwards: it then starts by asking the servers for their state.
+        """
+        self._refuse_all("the gateway is shutting down")
+        if self._driving:
+            await self._stopped.wait()
+        self.distrust()
+        await self._servers.aclose()
+
+    def _release(self, model: str) -> None:
+        if self._state.release(model) and model == self._state.active:
+            self._drained.set()
+        self._changed.set()
+
+    def _withdraw(self, waiter: Waiter) -> None:
+        """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
+        if waiter.status is TicketStatus.GRANTED:
+            self._release(waiter.model)
+        elif waiter.status is TicketStatus.WAITING:
+            self._state.leave(waiter)
+            if not self._state.depth(waiter.model):
+                self._nobody_waits(waiter.model)
+
+    def _refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
+        for ticket in self._state.refuse(model):
+            waiter = cast("Waiter", ticket)
+            waiter.error = error
+            waiter.event.set()
+        self._nobody_waits(model)
+
+    def _refuse_all(self, reason: str) -> None:
+        for model in self._state.waiting_models():
+            self._refuse(model, partial(SwitchError, model, reason))
+
+    def _nobody_waits(self, model: str) -> None:
+        if deferral := self._deferrals.pop(model, None):
+            deferral.scope.cancel()
+        if self._give_up is not None and model == self._state.target:
+            self._give_up.cancel()
+        self._changed.set()
+
+    def _grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
+        for ticket in granted:
+            waiter = cast("Waiter", ticket)
+            waiter.activation, waiter.switch = self._activation, switch
+            waiter.event.set()
+        if self._state.active is not None and (deferral := self._deferrals.pop(self._state.active, None)):
+            deferral.scope.cancel()
+
+    def _refuse_while_backing_off(self, model: str) -> None:
+        if failure := self._failures.get(model):
+            pause = failure.retry_at - self._clock()
+            if pause > 0:
+                raise SwitchError(model, f"{failure.reason} (next attempt in {pause:.1f} s)", retry_after=pause)
+
+    # The driver
+
+    def _wake_driver(self) -> None:
+        self._changed.set()
+        if not self._driving:
+            self._driving = True
+            self._stopped = anyio.Event()
+            spawn(self._drive, "llmux_asgi switcher")
+
+    async def _drive(self) -> None:
+        try:
+            while self._state.waiting_models():
+                async with anyio.create_task_group() as deferrals:
+                    await self._serve_queues(deferrals)
+                    deferrals.cancel_scope.cancel()
+        except Exception as exc:
+            logger.exception("the switcher met an unexpected error")
+            self._refuse_all(f"unexpected error: {exc!r}")
+        finally:
+            self._driving = False
+            if self._state.mode is Mode.SWITCHING:
+                self._state.fail()
+            # Somebody still waits only if the event loop is being closed around this task.
+            self._refuse_all("the gateway is shutting down")
+            self._stopped.set()
+
+    async def _serve_queues(self, deferrals: TaskGroup) -> None:
+        while models := self._state.waiting_models():
+            self._changed = anyio.Event()
+            if self._state.mode is Mode.UNKNOWN:
+                async with self._lock:
+                    await self._reconcile()
+            elif (target := self._choose(models, deferrals)) is not None:
+                async with self._lock:
+                    await self._switch(target)
+            else:
+                await self._changed.wait()
+
+    def _choose(self, models: list[str], deferrals: TaskGroup) -> str | None:
+        """Ask the policy for each model that waits, the longest wait first. Returns the one to switch to now, if any."""
+        now, active = self._clock(), self._state.active
+        for model in models:
+            if deferral := self._deferrals.get(model):
+                if deferral.done:
+                    del self._deferrals[model]
+                    return model
+                continue
+            context = PolicyContext(
+                target_model=model,
+                active_model=active,
+                target_queue_depth=self._state.depth(model),
+                oldest_waiting=now - self._state.oldest(model).since,
+                active_in_flight=self._state.in_flight(active),
+            )
+            try:
+                decision: object = self._policy.on_pending_request(context)
+            except Exception as exc:  # noqa: BLE001 - the policy is the user's code
+                self._blame_policy(model, f"on_pending_request raised {exc!r}", exc)
+                continue
+            match decision:
+                case SwitchNow():
+                    return model
+                case Defer(awaitable):
+                    self._deferrals[model] = deferral = _Deferral(anyio.CancelScope())
+                    deferrals.start_soon(self._defer, model, deferral, awaitable)
+                case _:
+                    if inspect.iscoroutine(decision):
+                        decision.close()
+                    self._blame_policy(
+                        model,
+                        f"on_pending_request returned {type(decision).__name__}; it must be a plain function that "
+                        "returns SwitchNow() or Defer(awaitable)",
+                    )
+        return None
+
+    async def _defer(self, model: str, deferral: _Deferral, awaitable: Awaitable[object]) -> None:
+        try:
+            with deferral.scope:
+                await awaitable
+                deferral.done = True
+        except Exception as exc:  # noqa: BLE001 - the policy is the user's code
+            self._blame_policy(model, f"the awaitable of its Defer raised {exc!r}", exc)
+        self._changed.set()
+
+    def _blame_policy(self, model: str, what: str, exc: Exception | None = None) -> PolicyError:
+        error = f"The switch policy {type(self._policy).__name__} failed for the model {model!r}: {what}"
+        logger.error(error, exc_info=exc)
+        self._refuse(model, partial(PolicyError, error))
+        return PolicyError(error)
+
+    async def _reconcile(self) -> None:
+        """Adopt what the servers say. Where several are awake, keep the one in use or most wanted and put the rest to sleep."""
+        awake = await self._servers.look_at_all()
+        wanted = [model for model in (self._state.active, *self._state.waiting_models()) if model in awake]
+        keep = next(iter(wanted or awake), None)
+        try:
+            for model in awake:
+                if model != keep:
+                    logger.warning("the models %s are awake at once: putting %r to sleep", awake, model)
+                    await self._servers.sleep(model, self._sleep_level(model))
+        except BackendError as exc:
+            logger.error("several models are awake and %s", exc)
+            self._refuse_all(f"several models are awake and one could not be put to sleep: {exc}")
+            return
+        if keep != self._state.active or self._activation.interrupted:
+            self._activation = Activation()
+        self._grant(self._state.adopt(keep, self._clock()))
+
+    def _sleep_level(self, model: str) -> int:
+        return self._sleep_levels.get(model, self._policy.sleep_level)
+
+    # One switch
+
+    async def _switch(self, to: str) -> None:
+        state, origin = self._state, self._state.active
+        if state.mode not in (Mode.IDLE, Mode.ACTIVE) or to == origin or not state.depth(to):
+            return  # while the lock was awaited, something happened that asks for a new decision
+        waiters = [cast("Waiter", ticket) for ticket in state.waiters(to)]
+        attributes: dict[str, str | int] = {
+            names.SWITCH_TO: to,
+            names.SWITCH_POLICY: type(self._policy).__name__,
+            names.SWITCH_WAITING: len(waiters),
+            names.SWITCH_IN_FLIGHT: state.in_flight(origin),
+        }
+        if origin is not None:
+            attributes |= {names.SWITCH_FROM: origin, names.SWITCH_SLEEP_LEVEL: self._sleep_level(origin)}
+        state.begin(to)
+        begun = self._clock()
+        with self.telemetry.switch(waiters[0].context, [waiter.span for waiter in waiters], attributes) as span:
+            try:
+                switched = await self._prepare(origin, to) and await self._execute(origin, to)
+            except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
+                outcome = "failed"
+                failed(span, exc)
+                await self._recover(origin, to, exc)
+            else:
+                outcome = "completed" if switched else "abandoned"
+                self._grant(state.complete(self._clock()) if switched else state.abandon(), span.get_span_context())
+            span.set_attribute(names.SWITCH_OUTCOME, outcome)
+            self.telemetry.switch_duration.record(
+                self._clock() - begun,
+                {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to, names.SWITCH_OUTCOME: outcome},
+            )
+
+    async def _prepare(self, origin: str | None, to: str) -> bool:
+        """Do what precedes the point of no return. Returns whether it was passed; not if nobody waits for `to` any more."""
+        with anyio.CancelScope() as scope:
+            self._give_up = scope
+            try:
+                await self._servers.require_reachable(to)
+                await self._cool_down(origin)
+                self._state.drain()
+                await self._drain(origin, to)
+            finally:
+                self._give_up = None
+        return not scope.cancel_called and self._state.commit()
+
+    async def _cool_down(self, origin: str | None) -> None:
+        if origin is not None:
+            with self.telemetry.phase("cooldown"):
+                rest = self._state.active_since + self._policy.min_active_duration - self._clock()
+                if rest > 0:
+                    await anyio.sleep(rest)
+
+    async def _drain(self, origin: str | None, to: str) -> None:
+        async def wait(timeout: float | None) -> bool:
+            with anyio.move_on_after(timeout):
+                while self._state.in_flight(origin):
+                    await self._drained.wait()
+            return not self._state.in_flight(origin)
+
+        self._drained = anyio.Event()
+        context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait)
+        with self.telemetry.phase("drain", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
+            try:
+                await self._policy.prepare_switch(context)
+            except Exception as exc:
+                raise self._blame_policy(to, f"prepare_switch raised {exc!r}", exc) from exc
+
+    async def _execute(self, origin: str | None, to: str) -> bool:
+        """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due."""
+        others = [model for model in self.models if model not in (origin, to)]
+        for model in [*others, origin]:
+            # The outgoing model comes last: if another one turns out to be stuck, it has not been disturbed.
+            if model is not None and (model == origin or await self._servers.needs_sleep(model)):
+                level = self._sleep_level(model)
+                if self._state.in_flight(model):
+                    self._activation.interrupted = True
+                with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
+                    await self._servers.sleep(model, level)
+        self._state.wake()
+        if not self._state.depth(to):
+            return False
+        with self.telemetry.phase("wake", {names.MODEL: to}):
+            await self._servers.wake(to)
+        self._state.ready()
+        with self.telemetry.phase("ready", {names.MODEL: to}):
+            await self._servers.ready(to)
+        self._failures.pop(to, None)
+        self._activation = Activation()
+        return True
+
+    async def _recover(self, origin: str | None, to: str, exc: Exception) -> None:
+        """Tell those who waited, back off, and find out from the servers where things stand."""
+        before = self._failures.get(to)
+        in_a_row = before.in_a_row + 1 if before else 1
+        pause = min(self._backoff[1], self._backoff[0] * 2 ** (in_a_row - 1))
+        granted = self._state.fail()
+        if not isinstance(exc, PolicyError):  # those have been told already
+            reason = str(exc) if isinstance(exc, LLMuxError) else f"unexpected error: {exc!r}"
+            logger.error(
+                "switching from %r to %r failed, next attempt in %.1f s: %s",
+                origin,
+                to,
+                pause,
+                reason,
+                exc_info=None if isinstance(exc, LLMuxError) else exc,
+            )
+            self._failures[to] = _Failure(in_a_row, self._clock() + pause, reason)
+            self._refuse(to, partial(SwitchError, to, reason, retry_after=pause))
+        self._grant(granted)
+        if self._state.mode is Mode.UNKNOWN:
+            await self._reconcile()
+
+
+def _policy(config: PolicyConfig) -> SwitchPolicy:
+    return FifoPolicy(
+        sleep_level=config.sleep_level,
+        request_timeout=config.request_timeout,
+        min_active_duration=config.min_active_duration,
+        drain=config.drain,
+        drain_timeout=config.drain_timeout,
+    )

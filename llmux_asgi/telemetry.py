@@ -1,0 +1,135 @@
+"""Names of spans, metrics and attributes, and thin wrappers on the OpenTelemetry API. The SDK is the user's.
+
+    llmux.request                 one relayed request, from its arrival to the last byte of its answer
+    llmux.switch                  one switch, a child of the request that it was begun for, linked to all that waited for it
+    ├── cooldown                  the outgoing model has not been active for `min_active_duration` yet
+    ├── drain                     its running requests finish
+    ├── sleep                     it is put to sleep, confirmation included
+    ├── wake                      the target is woken
+    └── ready                     until the target takes requests
+
+Attributes follow the GenAI semantic conventions where those have a name; the rest starts with `llmux.`.
+Durations are in seconds. Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from opentelemetry import metrics, trace
+from opentelemetry.propagate import extract, inject
+from opentelemetry.propagators.textmap import Getter, Setter
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
+    from opentelemetry.util.types import Attributes
+
+__all__ = ["Headers", "Telemetry", "failed", "inject_headers"]
+
+SCOPE = "llmux_asgi"
+
+SPAN_REQUEST = "llmux.request"
+SPAN_SWITCH = "llmux.switch"
+
+GEN_AI_OPERATION_NAME = "gen_ai.operation.name"
+GEN_AI_PROVIDER_NAME = "gen_ai.provider.name"
+GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
+GEN_AI_REQUEST_STREAM = "gen_ai.request.stream"
+HTTP_REQUEST_METHOD = "http.request.method"
+HTTP_RESPONSE_STATUS_CODE = "http.response.status_code"
+HTTP_ROUTE = "http.route"
+ERROR_TYPE = "error.type"
+MODEL = "llmux.model"
+QUEUE_TIME = "llmux.queue_time"
+CLIENT_DISCONNECTED = "llmux.client_disconnected"
+SWITCH_FROM = "llmux.switch.from"
+SWITCH_TO = "llmux.switch.to"
+SWITCH_SLEEP_LEVEL = "llmux.switch.sleep_level"
+SWITCH_POLICY = "llmux.switch.policy"
+SWITCH_WAITING = "llmux.switch.waiting"
+SWITCH_IN_FLIGHT = "llmux.switch.in_flight"
+SWITCH_OUTCOME = "llmux.switch.outcome"
+
+METRIC_SWITCH_DURATION = "llmux.switch.duration"
+METRIC_QUEUE_TIME = "llmux.queue.time"
+METRIC_REQUESTS = "llmux.requests"
+
+OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/messages": "chat",
+    "/v1/responses": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/embeddings": "embeddings",
+}
+"""`gen_ai.operation.name` by route, for the routes that the conventions have a name for."""
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class _HeaderGetter(Getter[Headers]):
+    def get(self, carrier: Headers, key: str) -> list[str] | None:
+        wanted = key.lower().encode("latin-1")
+        return [value.decode("latin-1") for name, value in carrier if name == wanted] or None
+
+    def keys(self, carrier: Headers) -> list[str]:
+        return [name.decode("latin-1") for name, _ in carrier]
+
+
+class _HeaderSetter(Setter[Headers]):
+    def set(self, carrier: Headers, key: str, value: str) -> None:
+        name = key.lower().encode("latin-1")
+        carrier[:] = [pair for pair in carrier if pair[0] != name]
+        carrier.append((name, value.encode("latin-1")))
+
+
+_GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
+
+
+class Telemetry:
+    """The spans and metrics of one gateway. Without providers it uses the global ones, as every instrumentation does."""
+
+    def __init__(self, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None) -> None:
+        self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
+        meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
+        self.switch_duration = meter.create_histogram(METRIC_SWITCH_DURATION, "s", "Duration of a switch")
+        self.queue_time = meter.create_histogram(METRIC_QUEUE_TIME, "s", "Time a request waited for its model")
+        self.requests = meter.create_counter(METRIC_REQUESTS, "{request}", "Requests answered")
+
+    @contextmanager
+    def request(self, headers: Headers, attributes: Attributes) -> Iterator[Span]:
+        """Open the span of a request: a child of the host's span if it has one, else of the caller's `traceparent`."""
+        hosted = trace.get_current_span().get_span_context().is_valid
+        context = None if hosted else extract(headers, getter=_GETTER)
+        kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
+        with self._tracer.start_as_current_span(SPAN_REQUEST, context=context, kind=kind, attributes=attributes) as span:
+            yield span
+
+    @contextmanager
+    def switch(self, parent: Context, waiters: Sequence[SpanContext], attributes: Attributes) -> Iterator[Span]:
+        """Open the span of a switch, under the span of the request that began it."""
+        links = [Link(context) for context in waiters if context.is_valid]
+        with self._tracer.start_as_current_span(SPAN_SWITCH, context=parent, links=links, attributes=attributes) as span:
+            yield span
+
+    @contextmanager
+    def phase(self, name: str, attributes: Attributes = None) -> Iterator[Span]:
+        """Open the span of one phase of the current switch."""
+        with self._tracer.start_as_current_span(name, attributes=attributes) as span:
+            yield span
+
+
+def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
+    """Mark `span` as failed by `exc`, exception event and `error.type` included."""
+    span.record_exception(exc)
+    span.set_status(Status(StatusCode.ERROR, str(exc)))
+    span.set_attribute(ERROR_TYPE, kind or type(exc).__qualname__)
+
+
+def inject_headers(headers: Headers) -> None:
+    """Write the current trace context into the headers of a request to a backend, in place of any that it carries."""
+    inject(headers, setter=_SETTER)
