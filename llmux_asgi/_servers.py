@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 
 import anyio
 
@@ -75,7 +76,9 @@ class Servers:
             self._known[model] = BackendState.UNREACHABLE
         except BackendError as exc:
             # The call failed; what counts is the state it left the server in.
-            if await self.look(model) is BackendState.AWAKE:
+            with suppress(BackendError):
+                await self.look(model)
+            if self._known.get(model) in (None, BackendState.AWAKE):
                 raise
             logger.warning("the model %r is out of memory although its sleep call failed: %s", model, exc)
         else:

@@ -251,7 +251,7 @@ class SwitcherState:
             return f"the gateway is switching to {self.target!r}{origin}, in the phase {self.phase.value!r}"
         if self.mode is Mode.ACTIVE:
             return f"the model {self.active!r} is active with {self.in_flight(self.active)} requests in flight"
-        return f"the gateway is {self.mode.value}"
+        return "no model is awake" if self.mode is Mode.IDLE else "the servers' states are not known yet"
 
     def _step(self, before: Phase, after: Phase) -> None:
         _require(self.phase is before)

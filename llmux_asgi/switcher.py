@@ -7,18 +7,18 @@ time limit, a cancelled host never reach into a step that is on the wire.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import anyio
 
 from . import telemetry as names
+from ._backoff import Backoff
+from ._decision import Decider
 from ._lease import Activation, Lease, Waiter
 from ._servers import Servers
 from ._spawn import spawn
@@ -26,7 +26,7 @@ from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatu
 from .backends import Backend, VLLMBackend
 from .config import Config, PolicyConfig
 from .exceptions import BackendError, LLMuxError, PolicyError, QueueTimeoutError, SwitchError, UnknownModelError
-from .policy import Defer, FifoPolicy, PolicyContext, SwitchContext, SwitchNow, SwitchPolicy
+from .policy import FifoPolicy, SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
 
 if TYPE_CHECKING:
@@ -36,21 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Lease", "ModelSwitcher"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """The last failed switch to a model."""
-
-    in_a_row: int
-    retry_at: float
-    reason: str
-
-
-@dataclass(slots=True)
-class _Deferral:
-    scope: anyio.CancelScope
-    done: bool = False
 
 
 class ModelSwitcher:
@@ -78,12 +63,11 @@ class ModelSwitcher:
         self._policy: SwitchPolicy = policy or FifoPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
-        self._backoff = backoff
+        self._backoff = Backoff(*backoff)
         self.telemetry = telemetry or Telemetry()
         self._clock = clock
 
         self._state = SwitcherState(self.models)
-        self._failures: dict[str, _Failure] = {}
         self._activation = Activation()
         self._lock = anyio.Lock()
         self._driving = False
@@ -91,7 +75,7 @@ class ModelSwitcher:
         self._changed = anyio.Event()
         self._drained = anyio.Event()
         self._give_up: anyio.CancelScope | None = None
-        self._deferrals: dict[str, _Deferral] = {}
+        self._decider = Decider(self._policy, self._state, clock, self._blame_policy, lambda: self._changed.set())
 
     @classmethod
     def from_config(
@@ -183,7 +167,7 @@ class ModelSwitcher:
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
-        if self._state.mode is not Mode.SWITCHING:  # a switch asks them anyway
+        if self._state.mode in (Mode.IDLE, Mode.ACTIVE):  # else they are being asked, or a switch asks them anyway
             self._state.distrust()
             self._servers.forget()
 
@@ -230,8 +214,7 @@ class ModelSwitcher:
             self._refuse(model, partial(SwitchError, model, reason))
 
     def _nobody_waits(self, model: str) -> None:
-        if deferral := self._deferrals.pop(model, None):
-            deferral.scope.cancel()
+        self._decider.drop(model)
         if self._give_up is not None and model == self._state.target:
             self._give_up.cancel()
         self._changed.set()
@@ -241,14 +224,13 @@ class ModelSwitcher:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self._activation, switch
             waiter.event.set()
-        if self._state.active is not None and (deferral := self._deferrals.pop(self._state.active, None)):
-            deferral.scope.cancel()
+        if self._state.active is not None:
+            self._decider.drop(self._state.active)
 
     def _refuse_while_backing_off(self, model: str) -> None:
-        if failure := self._failures.get(model):
+        if failure := self._backoff.pausing(model, self._clock()):
             pause = failure.retry_at - self._clock()
-            if pause > 0:
-                raise SwitchError(model, f"{failure.reason} (next attempt in {pause:.1f} s)", retry_after=pause)
+            raise SwitchError(model, f"{failure.reason} (next attempt in {pause:.1f} s)", retry_after=pause)
 
     # The driver
 
@@ -264,75 +246,29 @@ class ModelSwitcher:
             while self._state.waiting_models():
                 async with anyio.create_task_group() as deferrals:
                     await self._serve_queues(deferrals)
-                    deferrals.cancel_scope.cancel()
+                    self._decider.drop_all()
         except Exception as exc:
             logger.exception("the switcher met an unexpected error")
             self._refuse_all(f"unexpected error: {exc!r}")
         finally:
             self._driving = False
             if self._state.mode is Mode.SWITCHING:
-                self._state.fail()
+                self._grant(self._state.fail())
             # Somebody still waits only if the event loop is being closed around this task.
             self._refuse_all("the gateway is shutting down")
             self._stopped.set()
 
     async def _serve_queues(self, deferrals: TaskGroup) -> None:
-        while models := self._state.waiting_models():
+        while self._state.waiting_models():
             self._changed = anyio.Event()
             if self._state.mode is Mode.UNKNOWN:
                 async with self._lock:
                     await self._reconcile()
-            elif (target := self._choose(models, deferrals)) is not None:
+            elif (target := self._decider.choose(deferrals)) is not None:
                 async with self._lock:
                     await self._switch(target)
             else:
                 await self._changed.wait()
-
-    def _choose(self, models: list[str], deferrals: TaskGroup) -> str | None:
-        """Ask the policy for each model that waits, the longest wait first. Returns the one to switch to now, if any."""
-        now, active = self._clock(), self._state.active
-        for model in models:
-            if deferral := self._deferrals.get(model):
-                if deferral.done:
-                    del self._deferrals[model]
-                    return model
-                continue
-            context = PolicyContext(
-                target_model=model,
-                active_model=active,
-                target_queue_depth=self._state.depth(model),
-                oldest_waiting=now - self._state.oldest(model).since,
-                active_in_flight=self._state.in_flight(active),
-            )
-            try:
-                decision: object = self._policy.on_pending_request(context)
-            except Exception as exc:  # noqa: BLE001 - the policy is the user's code
-                self._blame_policy(model, f"on_pending_request raised {exc!r}", exc)
-                continue
-            match decision:
-                case SwitchNow():
-                    return model
-                case Defer(awaitable):
-                    self._deferrals[model] = deferral = _Deferral(anyio.CancelScope())
-                    deferrals.start_soon(self._defer, model, deferral, awaitable)
-                case _:
-                    if inspect.iscoroutine(decision):
-                        decision.close()
-                    self._blame_policy(
-                        model,
-                        f"on_pending_request returned {type(decision).__name__}; it must be a plain function that "
-                        "returns SwitchNow() or Defer(awaitable)",
-                    )
-        return None
-
-    async def _defer(self, model: str, deferral: _Deferral, awaitable: Awaitable[object]) -> None:
-        try:
-            with deferral.scope:
-                await awaitable
-                deferral.done = True
-        except Exception as exc:  # noqa: BLE001 - the policy is the user's code
-            self._blame_policy(model, f"the awaitable of its Defer raised {exc!r}", exc)
-        self._changed.set()
 
     def _blame_policy(self, model: str, what: str, exc: Exception | None = None) -> PolicyError:
         error = f"The switch policy {type(self._policy).__name__} failed for the model {model!r}: {what}"
@@ -436,7 +372,7 @@ class ModelSwitcher:
             # The outgoing model comes last: if another one turns out to be stuck, it has not been disturbed.
             if model is not None and (model == origin or await self._servers.needs_sleep(model)):
                 level = self._sleep_level(model)
-                if self._state.in_flight(model):
+                if model == origin and self._state.in_flight(model):
                     self._activation.interrupted = True
                 with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
                     await self._servers.sleep(model, level)
@@ -448,28 +384,20 @@ class ModelSwitcher:
         self._state.ready()
         with self.telemetry.phase("ready", {names.MODEL: to}):
             await self._servers.ready(to)
-        self._failures.pop(to, None)
+        self._backoff.succeeded(to)
         self._activation = Activation()
         return True
 
     async def _recover(self, origin: str | None, to: str, exc: Exception) -> None:
         """Tell those who waited, back off, and find out from the servers where things stand."""
-        before = self._failures.get(to)
-        in_a_row = before.in_a_row + 1 if before else 1
-        pause = min(self._backoff[1], self._backoff[0] * 2 ** (in_a_row - 1))
         granted = self._state.fail()
-        if not isinstance(exc, PolicyError):  # those have been told already
+        if not isinstance(exc, PolicyError):  # those have been told and logged already
             reason = str(exc) if isinstance(exc, LLMuxError) else f"unexpected error: {exc!r}"
-            logger.error(
-                "switching from %r to %r failed, next attempt in %.1f s: %s",
-                origin,
-                to,
-                pause,
-                reason,
-                exc_info=None if isinstance(exc, LLMuxError) else exc,
-            )
-            self._failures[to] = _Failure(in_a_row, self._clock() + pause, reason)
-            self._refuse(to, partial(SwitchError, to, reason, retry_after=pause))
+            failure = self._backoff.failed(to, reason, self._clock())
+            text = "switching from %r to %r failed (%d in a row), next attempt in %.1f s: %s"
+            trace_back = None if isinstance(exc, LLMuxError) else exc
+            logger.error(text, origin, to, failure.in_a_row, failure.pause, reason, exc_info=trace_back)
+            self._refuse(to, partial(SwitchError, to, reason, retry_after=failure.pause))
         self._grant(granted)
         if self._state.mode is Mode.UNKNOWN:
             await self._reconcile()

@@ -29,10 +29,11 @@ class GPU:
         self.events: list[str] = []
         self.violations: list[str] = []
 
-    def note(self, event: str) -> None:
-        self.events.append(event)
-        if len(self.awake) > 1:
-            self.violations.append(f"awake at once: {sorted(self.awake)}")
+    def wake(self, name: str) -> None:
+        """Note that a wake was sent, which must not be while another model holds memory."""
+        self.events.append(f"wake {name}")
+        if others := self.awake - {name}:
+            self.violations.append(f"{name} is woken while {sorted(others)} are awake")
 
 
 class FakeBackend:
@@ -74,17 +75,17 @@ class FakeBackend:
         return BackendState.AWAKE if self.name in self.gpu.awake else BackendState.ASLEEP
 
     async def sleep(self, level: int) -> None:
-        self.gpu.note(f"sleep {self.name}")
+        self.gpu.events.append(f"sleep {self.name}")
         await self._step("sleep")
         self.levels.append(level)
         self.gpu.awake.discard(self.name)
-        self.gpu.note(f"asleep {self.name}")
+        self.gpu.events.append(f"asleep {self.name}")
 
     async def wake(self) -> None:
-        self.gpu.note(f"wake {self.name}")
+        self.gpu.wake(self.name)
         await self._step("wake")
         self.gpu.awake.add(self.name)
-        self.gpu.note(f"awake {self.name}")
+        self.gpu.events.append(f"awake {self.name}")
 
     async def ready(self) -> None:
         await self._step("ready")

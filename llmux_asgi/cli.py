@@ -1,0 +1,109 @@
+"""The command `llmux-asgi`: a simulated vLLM server to develop against, and the configuration's JSON schema."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+__all__ = ["main"]
+
+try:
+    import msgspec
+    import typer
+
+    from .config import json_schema
+    from .sim import GpuOutOfMemoryError, SimOptions
+    from .sim.vllm import serve
+except ImportError as _error:
+    _missing: ImportError | None = _error
+else:
+    _missing = None
+
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        help="Serve many vLLM models from one GPU.",
+    )
+
+    @app.callback()
+    def _commands() -> None:
+        """Serve many vLLM models from one GPU."""
+
+    @app.command("sim-vllm")
+    def sim_vllm(
+        name: Annotated[str, typer.Option(help="Served model's name.")],
+        port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 0,
+        host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+        version: Annotated[str, typer.Option(help="vLLM version to behave like.")] = "0.32.0",
+        dev_mode: Annotated[bool, typer.Option(help="VLLM_SERVER_DEV_MODE: offer the sleep routes.")] = True,
+        sleep_mode: Annotated[bool, typer.Option(help="--enable-sleep-mode: sleeping frees memory.")] = True,
+        dummy_weights: Annotated[bool, typer.Option("--dummy-weights", help="reload_weights fails.")] = False,
+        tokens_per_second: Annotated[float, typer.Option(help="Rate of each request; 0: no limit.")] = 1000.0,
+        prefill: Annotated[float, typer.Option(help="Seconds before the first token.")] = 0.0,
+        start_seconds: Annotated[float, typer.Option(help="Seconds until it listens.")] = 0.02,
+        sleep_seconds: Annotated[float, typer.Option(help="Seconds to sleep at level 1.")] = 0.02,
+        sleep_l2_seconds: Annotated[float, typer.Option(help="Seconds to sleep at level 2.")] = 0.02,
+        wake_seconds: Annotated[float, typer.Option(help="Seconds to wake from level 1.")] = 0.02,
+        wake_l2_seconds: Annotated[float, typer.Option(help="Seconds that reload_weights takes.")] = 0.02,
+        max_num_seqs: Annotated[int, typer.Option(help="Requests that run at once.")] = 1024,
+        max_model_len: Annotated[int, typer.Option(help="Told by /v1/models.")] = 32768,
+        gpu: Annotated[str | None, typer.Option(help="File of the GPU that several servers share.")] = None,
+        gpu_memory: Annotated[int, typer.Option(help="The GPU's memory, MiB.")] = 24576,
+        model_memory: Annotated[int, typer.Option(help="Weights, MiB.")] = 12288,
+        kv_memory: Annotated[int, typer.Option(help="KV cache, MiB.")] = 8192,
+        context_memory: Annotated[int, typer.Option(help="Held while asleep too, MiB.")] = 0,
+        start_asleep: Annotated[int, typer.Option(help="Sleep level at start; 0: awake.")] = 0,
+        crash_seconds: Annotated[float, typer.Option(help="From the engine's death to the process's.")] = 0.5,
+        fault: Annotated[list[str] | None, typer.Option(help="WHAT:NTH:ACTION, e.g. sleep:2:fail.")] = None,
+    ) -> None:
+        """Run a simulated vLLM server: vLLM's API and sleep mode without a GPU."""
+        options = {
+            "name": name,
+            "host": host,
+            "port": port,
+            "version": version,
+            "dev_mode": dev_mode,
+            "sleep_mode": sleep_mode,
+            "dummy_weights": dummy_weights,
+            "tokens_per_second": tokens_per_second,
+            "prefill_seconds": prefill,
+            "start_seconds": start_seconds,
+            "sleep_seconds": sleep_seconds,
+            "sleep_l2_seconds": sleep_l2_seconds,
+            "wake_seconds": wake_seconds,
+            "wake_l2_seconds": wake_l2_seconds,
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "gpu": gpu,
+            "gpu_memory_mib": gpu_memory,
+            "model_memory_mib": model_memory,
+            "kv_memory_mib": kv_memory,
+            "context_memory_mib": context_memory,
+            "start_asleep": start_asleep,
+            "crash_seconds": crash_seconds,
+            "faults": fault or [],
+        }
+        try:
+            serve(msgspec.convert(options, SimOptions))
+        except msgspec.ValidationError as error:
+            _fail(f"sim-vllm: {error}", 2)
+        except (OSError, OverflowError, GpuOutOfMemoryError) as error:
+            _fail(f"sim-vllm {name}: {error}", 1)
+
+    @app.command()
+    def schema() -> None:
+        """Print the JSON schema of the configuration file."""
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(json_schema())) + b"\n")
+
+
+def _fail(message: str, status: int) -> None:
+    sys.stderr.write(message + "\n")
+    raise SystemExit(status)
+
+
+def main() -> None:
+    """Entry point of `llmux-asgi`."""
+    if _missing is not None:
+        _fail(f"llmux-asgi: {_missing}: pip install 'llmux-asgi[cli]'", 2)
+    app()

@@ -1,0 +1,213 @@
+"""The state machine, transition by transition. No event loop; time is passed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from llmux_asgi._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
+
+
+def active(model: str = "a") -> SwitcherState:
+    state = SwitcherState(("a", "b", "c"))
+    state.adopt(model, 0.0)
+    return state
+
+
+def queued(state: SwitcherState, model: str, since: float = 0.0) -> Ticket:
+    ticket = Ticket(model, since)
+    state.enqueue(ticket)
+    return ticket
+
+
+def switching(phase: Phase) -> SwitcherState:
+    """Return a state on its way from a to b, in `phase`, with one request waiting for b."""
+    state = active()
+    queued(state, "b")
+    state.begin("b")
+    steps: list[Callable[[], object]] = [state.drain, state.commit, state.wake, state.ready]
+    for step in steps[: list(Phase).index(phase)]:
+        step()
+    assert state.phase is phase
+    return state
+
+
+def test_nothing_is_admitted_before_the_servers_were_asked() -> None:
+    state = SwitcherState(("a",))
+    assert state.mode is Mode.UNKNOWN
+    assert not state.try_admit("a")
+
+
+def test_adopting_a_model_grants_those_who_wait_for_it_in_the_same_step() -> None:
+    state = SwitcherState(("a", "b"))
+    mine, other = queued(state, "a"), queued(state, "b")
+    assert state.adopt("a", 5.0) == [mine]
+    assert (mine.status, other.status) == (TicketStatus.GRANTED, TicketStatus.WAITING)
+    assert (state.in_flight("a"), state.depth("a"), state.depth("b")) == (1, 0, 1)
+
+
+def test_a_model_found_awake_owes_no_cooldown_and_one_confirmed_awake_keeps_its_own() -> None:
+    state = active()
+    assert state.active_since == float("-inf")
+    queued(state, "b")
+    state.begin("b")
+    state.drain()
+    state.commit()
+    state.wake()
+    state.ready()
+    state.complete(7.0)
+    assert state.active_since == 7.0
+    state.distrust()
+    assert state.mode is Mode.UNKNOWN
+    state.adopt("b", 9.0)
+    assert state.active_since == 7.0
+
+
+@pytest.mark.parametrize(
+    ("phase", "admits_outgoing"),
+    [(Phase.COOLDOWN, True), (Phase.DRAIN, False), (Phase.SLEEP, False), (Phase.WAKE, False), (Phase.READY, False)],
+)
+def test_who_is_admitted_during_a_switch(phase: Phase, admits_outgoing: bool) -> None:
+    state = switching(phase)
+    assert state.try_admit("a") is admits_outgoing
+    assert not state.try_admit("b")
+    assert not state.try_admit("c")
+
+
+def test_completion_activates_the_target_and_grants_its_whole_queue() -> None:
+    state = switching(Phase.READY)
+    late, other = queued(state, "b"), queued(state, "a")
+    granted = state.complete(3.0)
+    assert late in granted
+    assert len(granted) == 2
+    assert (state.mode, state.active, state.target, state.phase) == (Mode.ACTIVE, "b", None, None)
+    assert state.in_flight("b") == 2
+    assert other.status is TicketStatus.WAITING
+
+
+@pytest.mark.parametrize("phase", [Phase.COOLDOWN, Phase.DRAIN])
+def test_abandoning_before_the_point_of_no_return_lets_the_outgoing_model_go_on(phase: Phase) -> None:
+    state = switching(phase)
+    waiting = queued(state, "a") if phase is Phase.DRAIN else None
+    assert state.abandon() == ([waiting] if waiting else [])
+    assert (state.mode, state.active) == (Mode.ACTIVE, "a")
+    assert state.snapshot().abandoned == 1
+
+
+def test_abandoning_before_the_wake_leaves_nobody_awake() -> None:
+    state = switching(Phase.WAKE)
+    assert state.abandon() == []
+    assert (state.mode, state.active) == (Mode.IDLE, None)
+
+
+@pytest.mark.parametrize("phase", [Phase.SLEEP, Phase.READY])
+def test_a_step_on_the_wire_cannot_be_abandoned(phase: Phase) -> None:
+    with pytest.raises(RuntimeError, match="illegal transition"):
+        switching(phase).abandon()
+
+
+@pytest.mark.parametrize("phase", [Phase.COOLDOWN, Phase.DRAIN])
+def test_failing_before_the_point_of_no_return_changes_nothing(phase: Phase) -> None:
+    state = switching(phase)
+    state.fail()
+    assert (state.mode, state.active) == (Mode.ACTIVE, "a")
+
+
+@pytest.mark.parametrize("phase", [Phase.SLEEP, Phase.WAKE, Phase.READY])
+def test_failing_later_leaves_nothing_known(phase: Phase) -> None:
+    state = switching(phase)
+    assert state.fail() == []
+    assert (state.mode, state.target, state.phase) == (Mode.UNKNOWN, None, None)
+    assert not state.try_admit("a")
+    assert state.snapshot().failures == 1
+
+
+def test_the_point_of_no_return_is_refused_when_nobody_waits_any_more() -> None:
+    state = active()
+    ticket = queued(state, "b")
+    state.begin("b")
+    state.drain()
+    state.leave(ticket)
+    assert not state.commit()
+    assert state.phase is Phase.DRAIN
+
+
+def test_the_model_that_has_waited_longest_comes_first() -> None:
+    state = SwitcherState(("a", "b", "c"))
+    queued(state, "c", 2.0)
+    first = queued(state, "b", 1.0)
+    queued(state, "b", 3.0)
+    assert state.waiting_models() == ["b", "c"]
+    state.leave(first)
+    assert state.waiting_models() == ["c", "b"]
+
+
+def test_release_tells_the_last_one() -> None:
+    state = active()
+    assert state.try_admit("a")
+    assert state.try_admit("a")
+    assert not state.release("a")
+    assert state.release("a")
+    with pytest.raises(RuntimeError):
+        state.release("a")
+
+
+def test_refused_and_left_requests_count_nowhere() -> None:
+    state = active()
+    gone, refused = queued(state, "b"), queued(state, "b")
+    state.leave(gone)
+    assert state.refuse("b") == [refused]
+    assert (gone.status, refused.status, state.depth("b")) == (TicketStatus.LEFT, TicketStatus.REFUSED, 0)
+    with pytest.raises(RuntimeError):
+        state.leave(gone)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda s: s.begin("a"),
+        lambda s: s.begin("b"),
+        lambda s: s.drain(),
+        lambda s: s.commit(),
+        lambda s: s.wake(),
+        lambda s: s.ready(),
+        lambda s: s.complete(0.0),
+        lambda s: s.abandon(),
+        lambda s: s.fail(),
+        lambda s: s.adopt("a", 0.0),
+        lambda s: s.enqueue(Ticket("a", 0.0)),
+    ],
+)
+def test_transitions_out_of_turn_are_refused(step: Callable[[SwitcherState], object]) -> None:
+    with pytest.raises(RuntimeError, match="illegal transition"):
+        step(active())
+
+
+def test_a_switch_cannot_be_distrusted() -> None:
+    with pytest.raises(RuntimeError):
+        switching(Phase.SLEEP).distrust()
+
+
+def test_a_snapshot_does_not_change_any_more() -> None:
+    state = active()
+    before = state.snapshot()
+    state.try_admit("a")
+    queued(state, "b")
+    assert before.in_flight["a"] == 0
+    assert before.waiting["b"] == 0
+    with pytest.raises(TypeError):
+        before.in_flight["a"] = 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (SwitcherState(("a",)), "the servers' states are not known yet"),
+        (active(), "the model 'a' is active with 0 requests in flight"),
+        (switching(Phase.DRAIN), "switching to 'b' from 'a' (0 in flight), in the phase 'drain'"),
+        (switching(Phase.WAKE), "switching to 'b', in the phase 'wake'"),
+    ],
+)
+def test_the_state_can_be_put_into_words(state: SwitcherState, words: str) -> None:
+    assert words in state.describe()

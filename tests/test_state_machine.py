@@ -1,0 +1,147 @@
+"""Random walks through the state machine: the invariants hold after every step, whatever the order."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llmux_asgi._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
+
+MODELS = ("a", "b", "c")
+models = st.sampled_from(MODELS)
+
+
+class SwitcherStateMachine(RuleBasedStateMachine):
+    """Keeps books of its own (who holds, who waits, who is awake on the servers) and compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = SwitcherState(MODELS)
+        self.now = 0.0
+        self.awake: str | None = None
+        self.holding: dict[str, int] = dict.fromkeys(MODELS, 0)
+        self.queue: list[Ticket] = []
+
+    def settle(self, granted: list[Ticket]) -> None:
+        """Take the granted tickets over into the books."""
+        for ticket in granted:
+            assert ticket.status is TicketStatus.GRANTED
+            assert ticket.model == self.awake, "granted although its model is not awake"
+            self.holding[ticket.model] += 1
+        self.queue = [ticket for ticket in self.queue if ticket.status is TicketStatus.WAITING]
+
+    @rule(model=models, seconds=st.floats(0, 2))
+    def arrive(self, model: str, seconds: float) -> None:
+        self.now += seconds
+        if self.state.try_admit(model):
+            assert self.awake == model, "forwarded to a sleeping server"
+            self.holding[model] += 1
+        else:
+            ticket = Ticket(model, self.now)
+            self.state.enqueue(ticket)
+            self.queue.append(ticket)
+
+    @precondition(lambda self: any(self.holding.values()))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from([m for m in MODELS if self.holding[m]]))
+        self.holding[model] -= 1
+        assert self.state.release(model) is (self.holding[model] == 0)
+
+    @precondition(lambda self: self.queue)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.queue))
+        self.state.leave(ticket)
+        self.queue.remove(ticket)
+
+    @rule(model=models)
+    def refuse(self, model: str) -> None:
+        assert self.state.refuse(model) == [ticket for ticket in self.queue if ticket.model == model]
+        self.settle([])
+
+    @precondition(lambda self: self.state.mode is Mode.UNKNOWN)
+    @rule()
+    def adopt(self) -> None:
+        self.settle(self.state.adopt(self.awake, self.now))
+
+    @precondition(lambda self: self.state.mode in (Mode.IDLE, Mode.ACTIVE))
+    @rule()
+    def distrust(self) -> None:
+        self.state.distrust()
+
+    @precondition(lambda self: self.state.mode in (Mode.IDLE, Mode.ACTIVE) and self.state.waiting_models())
+    @rule()
+    def begin(self) -> None:
+        self.state.begin(self.state.waiting_models()[0])
+
+    @precondition(lambda self: self.state.phase is Phase.COOLDOWN)
+    @rule()
+    def drain(self) -> None:
+        self.state.drain()
+
+    @precondition(lambda self: self.state.phase is Phase.DRAIN and not self.state.in_flight(self.state.active))
+    @rule()
+    def commit(self) -> None:
+        target = self.state.target
+        assert target is not None
+        wanted = any(ticket.model == target for ticket in self.queue)
+        assert self.state.commit() is wanted
+        if not wanted:
+            self.settle(self.state.abandon())
+
+    @precondition(lambda self: self.state.phase is Phase.SLEEP)
+    @rule()
+    def sleep(self) -> None:
+        assert not any(self.holding.values()), "put to sleep while leases were held"
+        self.awake = None
+        self.state.wake()
+
+    @precondition(lambda self: self.state.phase is Phase.WAKE)
+    @rule()
+    def wake(self) -> None:
+        assert self.awake is None, "woken while another model was awake"
+        self.awake = self.state.target
+        self.state.ready()
+
+    @precondition(lambda self: self.state.phase is Phase.READY)
+    @rule()
+    def complete(self) -> None:
+        self.settle(self.state.complete(self.now))
+
+    @precondition(lambda self: self.state.phase in (Phase.COOLDOWN, Phase.DRAIN, Phase.WAKE))
+    @rule()
+    def abandon(self) -> None:
+        self.settle(self.state.abandon())
+
+    @precondition(lambda self: self.state.mode is Mode.SWITCHING)
+    @rule()
+    def fail(self) -> None:
+        self.settle(self.state.fail())
+
+    @invariant()
+    def counts_agree_with_the_books(self) -> None:
+        statistics = self.state.snapshot()
+        assert dict(statistics.in_flight) == self.holding
+        assert dict(statistics.waiting) == {m: sum(t.model == m for t in self.queue) for m in MODELS}
+
+    @invariant()
+    def nobody_waits_for_a_model_that_admits(self) -> None:
+        assert not any(self.state.admits(ticket.model) for ticket in self.queue)
+
+    @invariant()
+    def only_the_awake_model_admits(self) -> None:
+        assert all(model == self.awake for model in MODELS if self.state.admits(model))
+
+    @invariant()
+    def a_phase_belongs_to_a_switch(self) -> None:
+        switching = self.state.mode is Mode.SWITCHING
+        assert (self.state.phase is not None) is switching
+        assert (self.state.target is not None) is switching
+
+
+SwitcherStateMachine.TestCase.settings = settings(
+    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+TestSwitcherState = SwitcherStateMachine.TestCase

@@ -1,0 +1,111 @@
+"""Ten thousand random steps against the switcher, on each event loop: no request ever reaches a sleeping server.
+
+Clients come, finish and leave; steps of a switch are held up and let go; sleeps and wakes fail; servers die and come back;
+time limits pass. After every step the invariants are checked, and at the end everything must be whole again.
+"""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from llmux_asgi import BackendError, FifoPolicy, LLMuxError, Mode
+from tests.support.fakes import Gate
+from tests.support.pool import Pool, Request
+
+pytestmark = pytest.mark.anyio
+
+STEPS = 10_000
+
+
+class Walk:
+    """One seeded walk of `steps` steps."""
+
+    def __init__(self, seed: int, steps: int) -> None:
+        self.random = random.Random(seed)
+        self.steps = steps
+        self.now = 0.0
+        self.pool = Pool(FifoPolicy(min_active_duration=0, request_timeout=None), clock=lambda: self.now, backoff=(1.0, 4.0))
+        self.requests: list[Request] = []
+        self.gates: list[Gate] = []
+        self.served = self.failed = 0
+
+    async def client(self, request: Request, model: str) -> None:
+        await self.pool.request(request, model)
+        self.requests.remove(request)
+        if request.error is None:
+            self.served += 1
+        else:
+            assert isinstance(request.error, LLMuxError)
+            self.failed += 1
+
+    def step(self, tasks: anyio.abc.TaskGroup) -> None:
+        models = list(self.pool.backends)
+        backend = self.pool.backends[self.random.choice(models)]
+        self.now += self.random.random() / 10
+        match self.random.choices(
+            ["arrive", "finish", "leave", "hold", "open", "fail", "distrust", "time"], [30, 28, 6, 8, 16, 2, 1, 9]
+        )[0]:
+            case "arrive" if len(self.requests) < 12:
+                request = Request()
+                self.requests.append(request)
+                tasks.start_soon(self.client, request, self.random.choice(models))
+            case "finish" if running := [r for r in self.requests if r.granted.is_set() and not r.finish.is_set()]:
+                self.random.choice(running).finish.set()
+            case "leave" if self.requests:
+                self.random.choice(self.requests).scope.cancel()
+            case "hold" if len(self.gates) < 2:
+                self.gates.append(backend.gate(self.random.choice(["sleep", "wake", "ready", "state"])))
+            case "open" if self.gates:
+                self.gates.pop(0).open.set()
+            case "fail" if not any(backend.faults.values()):
+                backend.fail(self.random.choice(["sleep", "wake", "ready", "state"]), BackendError("injected"))
+            case "distrust":
+                self.pool.switcher.distrust()
+            case "time":
+                self.now += 1.0
+
+    def check(self) -> None:
+        gpu, statistics = self.pool.gpu, self.pool.switcher.statistics()
+        assert gpu.violations == []
+        if statistics.mode is Mode.ACTIVE:
+            assert statistics.active_model in gpu.awake
+            assert statistics.waiting[statistics.active_model or ""] == 0
+
+    async def run(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(self.steps):
+                self.step(tasks)
+                for _ in range(self.random.randrange(4)):
+                    await anyio.lowlevel.checkpoint()
+                self.check()
+            for backend in self.pool.backends.values():
+                backend.faults.clear()
+                for gates in backend.gates.values():
+                    for gate in gates:
+                        gate.open.set()
+            for gate in self.gates:
+                gate.open.set()
+            while self.requests:
+                for request in self.requests:
+                    request.finish.set()
+                await anyio.lowlevel.checkpoint()
+        await self.pool.switcher.aclose()
+        self.pool.check()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps(seed: int) -> None:
+    walk = Walk(seed, STEPS)
+    with anyio.fail_after(120):
+        await walk.run()
+    statistics = walk.pool.switcher.statistics()
+    # The walk must have gone everywhere, else it proves nothing.
+    assert walk.served > STEPS / 20
+    assert walk.failed > 0
+    assert statistics.switches > 100
+    assert statistics.abandoned > 10
+    assert statistics.failures > 10
