@@ -24,8 +24,8 @@ __all__ = [
     "INFERENCE_ROUTES",
     "ErrorAnswer",
     "Headers",
+    "InterruptedAnswer",
     "RequestFields",
-    "aborted_at",
     "describe",
     "error_answer",
     "error_event",
@@ -210,6 +210,8 @@ def _without(headers: Headers, dropped: frozenset[bytes]) -> Headers:
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
+_FINISHED = re.compile(rb'"finish_reason"\s*:\s*"(?!abort")')
+_DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
 _SAYS_ABORTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -223,17 +225,29 @@ def split_events(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def aborted_at(data: bytes, route: str) -> int | None:
-    """Find where, in what an interrupted request was answered, the part begins that must not pass for a success.
+class InterruptedAnswer:
+    """Tells what an interrupted request was answered from what it would have been answered.
 
-    Chat and completions say so themselves, by `finish_reason`; answers of other routes cannot be told from whole ones.
+    A server that is put to sleep ends its running requests with status 200. Chat and completions mostly say so, by
+    `finish_reason: "abort"`; a request that had not got its first token yet ends without any `finish_reason`; the answers
+    of other routes cannot be told from whole ones (`/v1/responses` says `completed`), so none of them is believed.
     """
-    if route not in _SAYS_ABORTED:
-        return 0
-    found = _ABORTED.search(data)
-    if found is None:
-        return None
-    start = 0
-    for end in _EVENT_END.finditer(data, 0, found.start()):
-        start = end.end()
-    return start
+
+    def __init__(self, route: str) -> None:
+        self._believable = route in _SAYS_ABORTED
+        self._finished = False
+
+    def cut_at(self, events: bytes) -> int | None:
+        """Find where, in further whole events of a stream, the part begins that must not reach the client."""
+        if not self._believable:
+            return 0
+        self._finished = self._finished or _FINISHED.search(events) is not None
+        found = _ABORTED.search(events) or (None if self._finished else _DONE.search(events))
+        if found is None:
+            return None
+        ends = [end.end() for end in _EVENT_END.finditer(events, 0, found.start())]
+        return ends[-1] if ends else 0
+
+    def is_whole(self, body: bytes) -> bool:
+        """Say whether a plain answer is what the client asked for."""
+        return self._believable and _ABORTED.search(body) is None and _FINISHED.search(body) is not None

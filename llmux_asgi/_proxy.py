@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from . import telemetry as names
 from ._lease import Lease
 from ._openai import (
     Headers,
-    aborted_at,
+    InterruptedAnswer,
     error_event,
     relayed_request_headers,
     relayed_response_headers,
@@ -53,7 +53,7 @@ class UpstreamResponse:
 
     status: int
     headers: Headers
-    chunks: AsyncGenerator[bytes, None]
+    chunks: AsyncIterator[bytes]
 
 
 class Upstream(Protocol):
@@ -94,13 +94,24 @@ class HttpxUpstream:
             extensions={"timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None}},
         )
         with _faults(timeouts):
-            response = await self._open().handle_async_request(request)
+            try:
+                response = await self._open().handle_async_request(request)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # Nothing of an answer has come: the likeliest reason is a kept connection that the server has closed
+                # meanwhile, as vLLM does after it has answered 500. A server that is gone refuses the second one.
+                response = await self._open().handle_async_request(request)
+        chunks = self._chunks(response, timeouts)
         try:
-            yield UpstreamResponse(response.status_code, response.headers.raw, self._chunks(response, timeouts))
+            yield UpstreamResponse(response.status_code, response.headers.raw, chunks)
         finally:
             # Also when the client is gone and this task is being cancelled: the server must stop generating.
             with anyio.CancelScope(shield=True):
                 await response.aclose()
+                # httpx nests generators that cannot be closed from here, and trio warns of one that is left half-way.
+                # On a closed response they come to their end at once.
+                with suppress(UpstreamFault, httpx.StreamError):
+                    async for _ in chunks:
+                        pass
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -117,7 +128,7 @@ class HttpxUpstream:
             self._transport, self._loop = httpx.AsyncHTTPTransport(limits=limits, trust_env=False), loop
         return self._transport
 
-    async def _chunks(self, response: httpx.Response, timeouts: TimeoutsConfig) -> AsyncGenerator[bytes, None]:
+    async def _chunks(self, response: httpx.Response, timeouts: TimeoutsConfig) -> AsyncIterator[bytes]:
         with _faults(timeouts):
             async for chunk in response.aiter_raw():
                 yield chunk
@@ -228,25 +239,25 @@ class _Relay:
                 "status": response.status,
                 "headers": relayed_response_headers(response.headers),
             }
-            async with aclosing(response.chunks) as chunks:
-                if self._streams_events:
-                    await self._relay_events(start, chunks)
-                elif self._lease.interrupted:
-                    await self._relay_checked(start, chunks)
-                else:
-                    await self._begin(start)
-                    async for chunk in chunks:
-                        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            if self._streams_events:
+                await self._relay_events(start, response.chunks)
+            elif self._lease.interrupted:
+                await self._relay_checked(start, response.chunks)
+            else:
+                await self._begin(start)
+                async for chunk in response.chunks:
+                    await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
         await self._begin(start)
+        answer = InterruptedAnswer(self._route)
         rest = b""
         async for chunk in chunks:
             events, rest = split_events(rest + chunk)
             if len(rest) > _LONGEST_EVENT:
                 events, rest = events + rest, b""
-            if self._lease.interrupted and (cut := aborted_at(events, self._route)) is not None:
+            if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
                 await self._send({"type": "http.response.body", "body": events[:cut], "more_body": True})
                 raise InterruptedRequestError(self._lease.model)
             if events:
@@ -257,7 +268,7 @@ class _Relay:
     async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
         """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
         body = b"".join([chunk async for chunk in chunks])
-        if aborted_at(body, self._route) is not None:
+        if start["status"] < 400 and not InterruptedAnswer(self._route).is_whole(body):
             raise InterruptedRequestError(self._lease.model)
         await self._begin(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": True})

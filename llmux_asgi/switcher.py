@@ -69,7 +69,7 @@ class ModelSwitcher:
 
         self._state = SwitcherState(self.models)
         self._activation = Activation()
-        self._lock = anyio.Lock()
+        self._lock: anyio.Lock | None = None
         self._driving = False
         self._stopped = anyio.Event()
         self._changed = anyio.Event()
@@ -173,7 +173,7 @@ class ModelSwitcher:
 
     async def reconcile(self) -> None:
         """Ask every server for its state and adopt it. The first request does this by itself."""
-        async with self._lock:
+        async with self._exclusively():
             self.distrust()
             await self._reconcile()
 
@@ -187,6 +187,7 @@ class ModelSwitcher:
             await self._stopped.wait()
         self.distrust()
         await self._servers.aclose()
+        self._lock = None  # one that was used on an event loop does not work on another
 
     def _release(self, model: str) -> None:
         if self._state.release(model) and model == self._state.active:
@@ -262,10 +263,10 @@ class ModelSwitcher:
         while self._state.waiting_models():
             self._changed = anyio.Event()
             if self._state.mode is Mode.UNKNOWN:
-                async with self._lock:
+                async with self._exclusively():
                     await self._reconcile()
             elif (target := self._decider.choose(deferrals)) is not None:
-                async with self._lock:
+                async with self._exclusively():
                     await self._switch(target)
             else:
                 await self._changed.wait()
@@ -293,6 +294,12 @@ class ModelSwitcher:
         if keep != self._state.active or self._activation.interrupted:
             self._activation = Activation()
         self._grant(self._state.adopt(keep, self._clock()))
+
+    def _exclusively(self) -> anyio.Lock:
+        """The lock that guards every change of who is awake."""
+        if self._lock is None:
+            self._lock = anyio.Lock()
+        return self._lock
 
     def _sleep_level(self, model: str) -> int:
         return self._sleep_levels.get(model, self._policy.sleep_level)

@@ -1,0 +1,1 @@
+"""Real vLLM servers on the CPU, for the tests marked `vllm`."""

@@ -1,0 +1,105 @@
+"""A server that answers what the test tells it to, byte for byte. Its control routes are those of an awake vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+__all__ = ["Exchange", "ScriptedServer", "cutting_server", "wait_for"]
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Script = Callable[["Exchange"], Awaitable[None]]
+
+
+@dataclass
+class Exchange:
+    """One request that reached the server, and the means to answer it."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    send: Send
+    receive: Callable[[], Awaitable[dict[str, Any]]]
+
+    async def start(self, content_type: str = "text/event-stream", status: int = 200, *more: tuple[bytes, bytes]) -> None:
+        """Send status and headers."""
+        headers = [(b"content-type", content_type.encode()), *more]
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def chunk(self, data: bytes, *, last: bool = False) -> None:
+        """Send a part of the body."""
+        await self.send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def client_left(self) -> None:
+        """Return when the client has closed the connection."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+
+@dataclass
+class ScriptedServer:
+    """The ASGI app. `script` answers inference requests; they are kept in `requests`."""
+
+    script: Script | None = None
+    asleep: bool = False
+    requests: list[Exchange] = field(default_factory=list)
+    controls: list[str] = field(default_factory=list)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        path = scope["path"]
+        if path in ("/version", "/is_sleeping", "/sleep", "/wake_up"):
+            self.controls.append(path)
+            self.asleep = {"/sleep": True, "/wake_up": False}.get(path, self.asleep)
+            answer = {"version": "0.32.0", "is_sleeping": self.asleep}
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": msgspec.json.encode(answer)})
+            return
+        exchange = Exchange(scope["method"], path, scope["query_string"], scope["headers"], body, send, receive)
+        self.requests.append(exchange)
+        if self.script is not None:
+            await self.script(exchange)
+
+
+async def wait_for(event: threading.Event, limit: float = 5.0) -> None:
+    """Wait in a server's event loop for an event that the test sets in its own thread."""
+    assert await asyncio.to_thread(event.wait, limit), "the test did not set the event"
+
+
+@contextmanager
+def cutting_server() -> Iterator[tuple[str, list[int]]]:
+    """A server that closes its first connection without an answer and answers on the second; counts them."""
+    accepted: list[int] = []
+    body = b'{"ok": true}'
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+    def run() -> None:
+        for number in (1, 2):
+            connection, _ = listener.accept()
+            with connection:
+                accepted.append(number)
+                connection.recv(65536)
+                if number == 2:
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", accepted
+        thread.join(5)
