@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,10 +24,21 @@ __all__ = ["Activation", "Lease", "Waiter"]
 class Activation:
     """One stretch of time in which a model was awake; shared by the leases granted in it."""
 
-    __slots__ = ("interrupted",)
+    __slots__ = ("exchanges", "interrupted", "over")
 
     def __init__(self) -> None:
         self.interrupted = False
+        """Whether it is being ended, or was, while leases were held."""
+        self.over = False
+        """Whether the model is confirmed asleep: what has not been answered by now never will be."""
+        self.exchanges: set[Callable[[], None]] = set()
+        """To be called when it is over, by the exchanges with the server that are still under way."""
+
+    def end(self) -> None:
+        """Tell that the model is confirmed asleep."""
+        self.over = True
+        for tell in self.exchanges:
+            tell()
 
 
 class Lease:
@@ -56,6 +68,18 @@ class Lease:
     def interrupted(self) -> bool:
         """Whether the model was put to sleep while this lease was held: what the server answers now is cut short."""
         return self._activation.interrupted
+
+    @contextmanager
+    def exchange(self, interrupt: Callable[[], None]) -> Iterator[None]:
+        """While in the block, have `interrupt` called when the model sleeps although this lease is held."""
+        exchanges = self._activation.exchanges
+        exchanges.add(interrupt)
+        try:
+            if self._activation.over:
+                interrupt()
+            yield
+        finally:
+            exchanges.discard(interrupt)
 
     def release(self) -> None:
         """Give the lease back. Never waits, and may be called again."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -39,6 +40,8 @@ SCOPE_LEASE = "llmux.lease"
 SCOPE_ROUTE = "llmux.route"
 """Key of the ASGI scope with the request's path below the gateway's mount point."""
 
+INTERRUPTED_GRACE = 1.0
+"""Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
 _LONGEST_EVENT = 1 << 20
 """Bytes of an unfinished server-sent event that are held back at most."""
 
@@ -213,7 +216,10 @@ class _Relay:
 
     async def run(self, body: bytes) -> None:
         try:
-            await self._relay(body)
+            with anyio.CancelScope() as scope, self._lease.exchange(partial(_limit, scope)):
+                await self._relay(body)
+            if scope.cancelled_caught:
+                raise InterruptedRequestError(self._lease.model)
         except UpstreamFault as exc:
             self._lease.distrust()
             error = UpstreamError(self._lease.model, str(exc))
@@ -286,6 +292,10 @@ class _Relay:
         if self._streams_events:
             await self._send({"type": "http.response.body", "body": error_event(error), "more_body": False})
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.
+
+
+def _limit(exchange: anyio.CancelScope) -> None:
+    exchange.deadline = anyio.current_time() + INTERRUPTED_GRACE
 
 
 async def _read_body(receive: Receive) -> bytes | None:

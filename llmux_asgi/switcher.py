@@ -383,6 +383,8 @@ class ModelSwitcher:
                     self._activation.interrupted = True
                 with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
                     await self._servers.sleep(model, level)
+        if self._activation.interrupted:
+            self._activation.end()
         self._state.wake()
         if not self._state.depth(to):
             return False

@@ -50,15 +50,27 @@ def gateway(loop: EventLoop, **config: Any) -> Iterator[Gateway]:
         yield Gateway(llm, client, url, a, b)
 
 
-@pytest.fixture(params=["asyncio", "trio"])
+@pytest.fixture(params=["asyncio", "trio"], scope="module")
 def loop(request: pytest.FixtureRequest) -> EventLoop:
     """The event loop that the gateway runs on."""
     value: EventLoop = request.param
     return value
 
 
-@pytest.fixture
-def served(loop: EventLoop) -> Iterator[Gateway]:
-    """A gateway with the default configuration, but for `min_active_duration: 0`."""
+@pytest.fixture(scope="module")
+def shared(loop: EventLoop) -> Iterator[Gateway]:
+    """A gateway with the default configuration, but for `min_active_duration: 0`; starting one costs half a second."""
     with gateway(loop) as running:
         yield running
+
+
+@pytest.fixture
+def served(shared: Gateway) -> Gateway:
+    """The shared gateway as if it were new: `a` awake, `b` asleep, nothing known of either."""
+    for server, asleep in ((shared.a, False), (shared.b, True)):
+        server.script = None
+        server.asleep = asleep
+        server.requests.clear()
+        server.controls.clear()
+    shared.app.switcher.distrust()
+    return shared

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import threading
@@ -26,6 +27,12 @@ def counts_come_back_to_zero(served: Gateway) -> bool:
         if not any(statistics.in_flight.values()) and not any(statistics.waiting.values()):
             return True
     return False
+
+
+def relay_to(served: Gateway, url: str) -> None:
+    """Have the requests for `a` sent elsewhere than its control calls, which go on working."""
+    targets = served.app._proxy._targets
+    targets["a"] = dataclasses.replace(targets["a"], url=url)
 
 
 def test_a_thousand_chunks_arrive_byte_for_byte_and_the_first_before_the_last_is_produced(served: Gateway) -> None:
@@ -206,11 +213,10 @@ def test_a_client_that_leaves_the_queue_lets_the_active_model_go_on(served: Gate
 # Faults of the server
 
 
-def test_a_kept_connection_that_the_server_has_closed_does_not_fail_a_request(served: Gateway) -> None:
+def test_a_kept_connection_that_the_server_has_closed_does_not_fail_a_request(loop: EventLoop) -> None:
     """vLLM closes a connection after it has answered 500, without saying so."""
-    with cutting_server() as (url, accepted):
-        target = served.app._proxy._targets["a"]
-        served.app._proxy._targets["a"] = type(target)(url, b"", "a", target.timeouts)
+    with gateway(loop) as served, cutting_server() as (url, accepted):
+        relay_to(served, url)
         assert served.chat().json() == {"ok": True}
     assert accepted == [1, 2]
 
@@ -236,9 +242,7 @@ def test_a_dead_server_is_a_502_that_says_so(loop: EventLoop) -> None:
     with gateway(loop) as served:
         served.a.script = echo
         assert served.chat().status_code == 200
-        dead = f"http://127.0.0.1:{free_port()}"
-        target = served.app._proxy._targets["a"]
-        served.app._proxy._targets["a"] = type(target)(dead, b"", "a", target.timeouts)
+        relay_to(served, f"http://127.0.0.1:{free_port()}")
         response = served.chat()
         assert response.status_code == 502
         assert response.json()["error"]["code"] == "upstream_error"
@@ -388,6 +392,35 @@ def test_a_plain_answer_that_a_switch_cut_short_is_a_503_and_a_whole_one_is_not(
             assert responses[0].headers["retry-after"] == "1"
         else:
             assert responses[0].content == answer
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_request_that_the_sleeping_server_never_ends_is_ended_by_the_gateway(
+    loop: EventLoop, begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM may take a request in just after the abort: it would hang until the model's next turn."""
+    monkeypatch.setattr("llmux_asgi._proxy.INTERRUPTED_GRACE", 0.01)
+    arrived = threading.Event()
+
+    async def script(exchange: Exchange) -> None:
+        if begun:
+            await exchange.start()
+            await exchange.chunk(EVENTS[0])
+        arrived.set()
+        await exchange.client_left()
+
+    with gateway(loop, policy={"drain": False}) as served:
+        served.a.script, served.b.script = script, echo
+        responses: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: responses.append(served.chat("a", stream=begun)))
+        thread.start()
+        assert arrived.wait(5)
+        with httpx.Client(base_url=served.url) as other:
+            assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
+        thread.join(5)
+        assert b"request_interrupted" in responses[0].content
+        assert responses[0].status_code == (200 if begun else 503)
+        assert counts_come_back_to_zero(served)
 
 
 def test_an_answer_that_cannot_say_that_it_was_aborted_is_not_trusted(loop: EventLoop) -> None:
