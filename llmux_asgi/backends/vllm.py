@@ -43,8 +43,8 @@ class _VersionAnswer(msgspec.Struct):
 class VLLMBackend:
     """Controls one vLLM server at `url` (its root, without `/v1`).
 
-    `sleep_level` is the level that a sleeper is taken to be at when neither this object put it to sleep nor the server's
-    metrics say: 2 reloads the weights, which is right for either level and costs time for level 1.
+    `sleep_level` is the level that a sleeper is taken to be at which this object did not put to sleep, unless the server's
+    metrics say 2: waking from 2 reloads the weights, which is right for either level and costs time for level 1.
     """
 
     def __init__(self, url: str, *, sleep_level: int = 1, timeouts: TimeoutsConfig | None = None) -> None:
@@ -82,7 +82,9 @@ class VLLMBackend:
     async def wake(self) -> None:
         """Wake the server: at once from level 1; from level 2 weights, reload, KV cache and prefix cache in turn."""
         with _limit(self._timeouts.wake, f"{self.url}: waking the model"):
-            level = self._level or await self._level_from_metrics() or self._default_level
+            # Not put to sleep by this object: reload if there is any reason to. The metric alone is not enough, because a
+            # second /sleep that has no effect changes it all the same (seen on 0.32).
+            level = self._level or max(await self._level_from_metrics() or 1, self._default_level)
             if level < 2:
                 await self._post("/wake_up")
             else:

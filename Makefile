@@ -1,0 +1,67 @@
+# `make` lists the targets. Everything is installed into .venv; a second run installs nothing, a changed pyproject.toml again.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-vllm lint types docs clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.demo ## switch between two simulated vLLM servers and show what happened
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test ## the fast tests, with branch coverage; ARGS='...' goes to pytest
+	@$(BIN)/python -m pytest --cov --cov-branch --cov-report=term --cov-fail-under=95 $(ARGS)
+
+test-vllm: $(VENV)/.test ## the tests against a real vLLM on the CPU (builds its environment at the first run)
+	@$(BIN)/python -m pytest -m vllm $(ARGS)
+
+lint: $(VENV)/.lint ## ruff: rules and format
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(VENV)/.lint ## mypy, strict
+	@$(BIN)/mypy
+
+docs: $(VENV)/.docs ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean: ## remove what was built or installed here
+	rm -rf $(VENV) site dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or later is needed and '$(PYTHON)' is not that: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "making $(VENV)" >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.pip
+	@echo "installing what the demo needs into $(VENV)" >&2
+	@$(PIP) install --editable '.[cli,otlp]' 'openai>=1.60'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.pip
+	@echo "installing what the tests need into $(VENV)" >&2
+	@$(PIP) install --editable . --group test
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.test
+	@echo "installing what the checks need into $(VENV)" >&2
+	@$(PIP) install --group lint
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.pip
+	@echo "installing what the documentation needs into $(VENV)" >&2
+	@$(PIP) install --group docs
+	@touch $@

@@ -1,0 +1,173 @@
+"""README and docs/ say what the code does: their code runs, their tables are complete, their links lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmux_asgi import cli, exceptions, json_schema, telemetry
+from llmux_asgi._openai import INFERENCE_ROUTES, describe
+from llmux_asgi.sim import SimProcess
+
+from .hosting import ROOT, check_both_models, load_module, pointed, serving
+
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page, without those that include a file."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in found if not block.startswith("--8<--")]
+
+
+def rows(page: Path) -> list[list[str]]:
+    """The table rows of a page, cell by cell."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_host_written_from_the_readme_serves_both_models(
+    tmp_path: Path, sims: list[SimProcess], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (configuration,) = blocks(README, "yaml")
+    patient = "min_active_duration: 5"
+    assert patient in configuration
+    Path("llmux.yaml").write_text(pointed(configuration, sims).replace(patient, "min_active_duration: 0"))
+    *hosts, client = blocks(README, "python")
+    assert [re.findall("starlette|fastapi|litestar", host)[0] for host in hosts] == ["starlette", "fastapi", "litestar"]
+    for number, host in enumerate(hosts):
+        path = Path(f"readme_host_{number}.py")
+        path.write_text(host)
+        with serving(load_module(path.resolve()).app) as url:
+            check_both_models(f"{url}/llm")
+            assert "http://127.0.0.1:8000" in client
+            exec(client.replace("http://127.0.0.1:8000", url), {})  # noqa: S102 - this repository's own README
+            assert re.findall("^qwen|^llama", capsys.readouterr().out, re.MULTILINE) == ["qwen", "llama"]
+
+
+def test_code_that_stands_in_the_pages_runs() -> None:
+    code = [(page.name, block) for page in PAGES if page != README for block in blocks(page, "python")]
+    assert [name for name, _ in code] == ["simulated-vllm.md"]
+    for _, block in code:
+        exec(block, {})  # noqa: S102 - this repository's own documentation
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_includes_and_links_to_exists(page: Path) -> None:
+    text = page.read_text()
+    for path, _, section in (found.partition(":") for found in re.findall(r'^--8<-- "(.*?)"', text, re.MULTILINE)):
+        included = (ROOT / path).read_text()
+        assert not section or (f"[start:{section}]" in included and f"[end:{section}]" in included)
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_commands_of_the_simulated_server_have_these_options() -> None:
+    shown = {
+        line
+        for page in PAGES
+        for block in blocks(page, "sh")
+        for line in block.splitlines()
+        if line.startswith("llmux-asgi sim-vllm --name")
+    }
+    assert len(shown) == 2
+    for line in shown:
+        # `--help` behind them is enough to have the options parsed and no server started.
+        result = CliRunner().invoke(cli.app, [*shlex.split(line)[1:], "--help"])
+        assert result.exit_code == 0, result.output
+        known = inspect.signature(cli.sim_vllm).parameters
+        assert {option[2:].replace("-", "_") for option in re.findall(r"--[a-z-]+", line)} <= set(known)
+
+
+# Tables
+
+
+def configuration_keys() -> dict[str, str]:
+    """Every key of the configuration with its default, as JSON; the structs that only hold others left out."""
+    prefixes = {
+        "Config": "",
+        "ModelConfig": "models.NAME.",
+        "TimeoutsConfig": "models.NAME.timeouts.",
+        "PolicyConfig": "policy.",
+        "LimitsConfig": "limits.",
+    }
+    structs = json_schema()["$defs"]
+    assert structs.keys() == prefixes.keys()
+    keys: dict[str, str] = {}
+    for name, struct in structs.items():
+        for key, value in struct["properties"].items():
+            if not _holds_a_struct(value):
+                default = json.dumps(value["default"]) if "default" in value else "required"
+                keys[prefixes[name] + key] = default
+    return keys
+
+
+def _holds_a_struct(schema: dict[str, Any]) -> bool:
+    return "$ref" in schema or "$ref" in str(schema.get("allOf"))
+
+
+def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults() -> None:
+    keys = configuration_keys()
+    documented = {row[0].strip("`"): row for row in rows(ROOT / "docs" / "configuration.md") if row[0].startswith("`")}
+    assert {key: row[1].strip("`") for key, row in documented.items()} == keys
+    for key, (_, default, unit, meaning) in documented.items():
+        assert meaning.endswith("."), key
+        timed = key.startswith(("models.NAME.timeouts.", "limits.backoff")) or key.endswith(("timeout", "duration"))
+        assert (unit == "seconds") == timed, key
+        assert default == "required" or default.startswith("`"), key
+
+
+def test_the_short_table_of_the_readme_leaves_no_key_out() -> None:
+    documented = [row[0].strip("`") for row in rows(README) if row[0].startswith("`")]
+    keys = {key for key in configuration_keys() if ".timeouts." not in key and key != "models"}
+    assert set(documented) == keys | {"models.NAME.timeouts"}
+    timeouts = next(row for row in rows(README) if row[0] == "`models.NAME.timeouts`")[2]
+    assert [key for key in configuration_keys() if ".timeouts." in key and f"`{key.split('.')[-1]}`" not in timeouts] == []
+
+
+def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
+    page = rows(ROOT / "docs" / "how-a-switch-works.md")
+    documented = {(row[0], row[1].strip("`")): row[-1] == "yes" for row in page if row[0].isdecimal()}
+    made: dict[type[exceptions.LLMuxError], exceptions.LLMuxError] = {
+        exceptions.PolicyError: exceptions.PolicyError("why"),
+        exceptions.InvalidRequestError: exceptions.InvalidRequestError("why"),
+        exceptions.BodyTooLargeError: exceptions.BodyTooLargeError(1),
+        exceptions.UnknownModelError: exceptions.UnknownModelError("m"),
+        exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
+        exceptions.SwitchError: exceptions.SwitchError("m", "why"),
+        exceptions.InterruptedRequestError: exceptions.InterruptedRequestError("m"),
+        exceptions.UpstreamError: exceptions.UpstreamError("m", "why"),
+    }
+    # These never reach a client: a configuration is refused at the start, and a backend's error fails a switch.
+    internal = {"LLMuxError", "ConfigError", *(name for name in exceptions.__all__ if name.startswith("Backend"))}
+    assert {kind.__name__ for kind in made} == set(exceptions.__all__) - internal
+    expected = {("404", "unknown_url"): False, ("405", "method_not_allowed"): False}
+    for error in made.values():
+        answer = describe(error)
+        code = json.loads(answer.body)["error"]["code"]
+        expected[str(answer.status), "null" if code is None else code] = answer.retry_after is not None
+    assert documented == expected
+
+
+def test_every_span_attribute_and_metric_is_documented() -> None:
+    text = (ROOT / "docs" / "tracing.md").read_text()
+    names = [value for name, value in vars(telemetry).items() if name.isupper() and isinstance(value, str) and name != "SCOPE"]
+    assert len(names) > 20
+    assert [name for name in names if name not in text] == []
+
+
+def test_every_relayed_route_is_documented() -> None:
+    text = (ROOT / "docs" / "mounting.md").read_text()
+    assert {route for route in INFERENCE_ROUTES if f"`{route}`" not in text} == set()
+    # and none that is not relayed
+    table = [cell for row in rows(ROOT / "docs" / "mounting.md") for cell in row if cell.startswith("`/")]
+    assert {route for cell in table for route in re.findall(r"`(/[^`]+)`", cell)} == INFERENCE_ROUTES
