@@ -1,0 +1,180 @@
+"""The configuration: where it may come from, and what each mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+
+import llmux_asgi
+from llmux_asgi import Config, ConfigError, LimitsConfig, ModelConfig, PolicyConfig, TimeoutsConfig, json_schema, load_config
+
+URL = "http://127.0.0.1:8001"
+MINIMAL = {"models": {"qwen": {"url": URL}}}
+FULL: dict[str, Any] = {
+    "models": {
+        "qwen": {
+            "url": URL,
+            "served_name": "Qwen/Qwen3-14B",
+            "aliases": ["gpt-4o", "best"],
+            "sleep_level": 2,
+            "timeouts": {"request": 10, "connect": 1, "probe": 2.5, "sleep": 30, "wake": 60, "read": None},
+        },
+        "llama": {"url": "https://gpu.example:8443/behind"},
+    },
+    "policy": {
+        "name": "fifo",
+        "sleep_level": 2,
+        "request_timeout": None,
+        "min_active_duration": 0,
+        "drain": False,
+        "drain_timeout": 3,
+    },
+    "limits": {"max_body": 1000, "backoff_initial": 0.5, "backoff_max": 8},
+}
+YAML = """
+models:
+  qwen:
+    url: http://127.0.0.1:8001
+    aliases: [gpt-4o]
+policy: {min_active_duration: 2.5}
+"""
+TOML = """
+[models.qwen]
+url = "http://127.0.0.1:8001"
+aliases = ["gpt-4o"]
+[policy]
+min_active_duration = 2.5
+"""
+JSON = '{"models": {"qwen": {"url": "http://127.0.0.1:8001", "aliases": ["gpt-4o"]}}, "policy": {"min_active_duration": 2.5}}'
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    config = load_config(MINIMAL)
+    assert config.policy == PolicyConfig(
+        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=5.0, drain=True, drain_timeout=None
+    )
+    assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0)
+    assert config.models["qwen"].timeouts == TimeoutsConfig(connect=5.0, probe=5.0, sleep=120.0, wake=300.0, read=600.0)
+
+
+def test_everything_can_be_set() -> None:
+    config = load_config(FULL)
+    assert config.aliases == {"gpt-4o": "qwen", "best": "qwen"}
+    assert msgspec.to_builtins(config)["policy"] == FULL["policy"]
+    assert msgspec.to_builtins(config)["limits"] == FULL["limits"]
+    assert config.models["qwen"].timeouts.read is None
+
+
+@pytest.mark.parametrize(("ending", "text"), [("yaml", YAML), ("yml", YAML), ("toml", TOML), ("json", JSON)])
+def test_files_of_every_kind_say_the_same(tmp_path: Path, ending: str, text: str) -> None:
+    path = tmp_path / f"llmux.{ending}"
+    path.write_text(text)
+    expected = Config(models={"qwen": ModelConfig(url=URL, aliases=("gpt-4o",))}, policy=PolicyConfig(min_active_duration=2.5))
+    assert load_config(path) == load_config(str(path)) == load_config(expected) == expected
+
+
+def model(**values: Any) -> dict[str, Any]:
+    return {"models": {"qwen": {"url": URL, **values}}}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "$: object missing required field `models`"),
+        ([], "$: expected `object`, got `array`"),
+        ({"models": {}}, "$.models: expected `object` of length >= 1"),
+        ({"models": []}, "$.models: expected `object`, got `array`"),
+        ({"models": {"qwen": None}}, "$.models.qwen: expected `object`, got `null`"),
+        ({"models": {"qwen": {}}}, "$.models.qwen: object missing required field `url`"),
+        (model(url=7), "$.models.qwen.url: expected `str`, got `int`"),
+        (model(url="nonsense"), "$.models.qwen.url: 'nonsense' is not a URL such as http://127.0.0.1:8001"),
+        (model(url="ftp://x"), "$.models.qwen.url: 'ftp://x' is not a URL such as http://127.0.0.1:8001"),
+        (model(url="http://x:99999"), "$.models.qwen.url: 'http://x:99999': Port out of range 0-65535"),
+        (model(url="http://x/?a=1"), "$.models.qwen.url: 'http://x/?a=1' must be scheme, host, port and path only"),
+        (model(url=URL + "/v1/"), f"$.models.qwen.url: '{URL}/v1/' must be the server's root: leave out the /v1 at its end"),
+        (model(sleep_level=3), "$.models.qwen.sleep_level: invalid enum value 3"),
+        (model(timeouts={"wake": 0}), "$.models.qwen.timeouts.wake: expected `float` > 0.0"),
+        (model(timeouts={"wale": 1}), "$.models.qwen.timeouts: object contains unknown field `wale`"),
+        (model(ulr=URL), "$.models.qwen: object contains unknown field `ulr`"),
+        (model(aliases=["qwen"]), "$.models.qwen.aliases[0]: 'qwen' already names the model 'qwen'"),
+        (
+            {"models": {"a": {"url": URL, "aliases": ["x"]}, "b": {"url": URL, "aliases": ["y", "x"]}}},
+            "$.models.b.aliases[1]: 'x' already names the model 'a'",
+        ),
+        ({**MINIMAL, "polic": {}}, "$: object contains unknown field `polic`"),
+        ({**MINIMAL, "policy": {"name": "magic"}}, "$.policy.name: invalid enum value 'magic'"),
+        ({**MINIMAL, "policy": {"min_active_duration": -1}}, "$.policy.min_active_duration: expected `float` >= 0.0"),
+        ({**MINIMAL, "limits": {"max_body": 0}}, "$.limits.max_body: expected `int` >= 1"),
+    ],
+)
+def test_every_mistake_is_named_with_its_path_and_cause(source: Any, message: str) -> None:
+    if isinstance(source, list):  # not a type that may be passed, but what a file may hold
+        source = json.dumps(source)
+        with pytest.raises(ConfigError, match="ending"):
+            load_config(source)
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)
+    assert str(caught.value) == message
+
+
+def test_objects_are_checked_like_everything_else() -> None:
+    with pytest.raises(ConfigError, match=r"^\$\.models\.qwen\.sleep_level: "):
+        load_config(Config(models={"qwen": ModelConfig(url=URL, sleep_level=7)}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^\$\.url: 'x' is not a URL"):
+        ModelConfig(url="x")
+    with pytest.raises(ConfigError, match=r"^\$\.models: name at least one model"):
+        Config(models={})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", "models: [", "not valid YAML"),
+        ("c.toml", "models = [", "not valid TOML"),
+        ("c.json", '{"models":', "not valid JSON"),
+        ("c.json", "[]", "$: expected `object`, got `array`"),
+        ("c.ini", "", "$: the file's ending '.ini' is not one of .yaml, .yml, .toml, .json"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(f"{path}: $: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.json: No such file or directory"):
+        load_config(tmp_path / "none.json")
+
+
+def test_yaml_without_pyyaml_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(YAML)
+
+    def missing(_: bytes) -> Any:
+        raise ImportError
+
+    monkeypatch.setattr(msgspec.yaml, "decode", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'llmux-asgi\[yaml\]'"):
+        load_config(path)
+
+
+def test_the_shipped_schema_is_current_and_fits() -> None:
+    shipped = json.loads(Path(llmux_asgi.__file__).with_name("config.schema.json").read_text())
+    assert shipped == json.loads(json.dumps(json_schema())), "run: llmux-asgi schema > llmux_asgi/config.schema.json"
+    validator = jsonschema.Draft202012Validator(shipped)
+    validator.check_schema(shipped)
+    validator.validate(FULL)
+    validator.validate(MINIMAL)
+    for wrong in ({}, {**MINIMAL, "x": 1}, model(sleep_level=3), model(url=1)):
+        assert not validator.is_valid(wrong)

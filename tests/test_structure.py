@@ -1,0 +1,118 @@
+"""The shape of the package: exports, layers, the tree of errors, no SDK."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import llmux_asgi
+from llmux_asgi import exceptions
+
+PACKAGE = Path(llmux_asgi.__file__).parent
+MODULES = sorted(
+    info.name for info in pkgutil.walk_packages([str(PACKAGE)], "llmux_asgi.") if not info.name.endswith("__main__")
+)
+
+# Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
+LAYERS = [
+    ["exceptions", "config"],
+    ["policy", "_state", "_openai", "_backoff", "telemetry"],
+    ["backends._protocol", "backends.vllm", "backends", "_spawn"],
+    ["_lease", "_decision", "_servers", "_proxy", "switcher"],
+    ["middleware"],
+    ["app"],
+    [""],
+    ["sim", "cli"],
+]
+PURE = ["exceptions", "config", "policy", "_state", "_openai", "_backoff"]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+def layer_of(module: str) -> int:
+    for level, names in enumerate(LAYERS):
+        if module in names or (module.partition(".")[0] in names and module.partition(".")[0] == "sim"):
+            return level
+    raise AssertionError(f"{module} belongs to no layer: give it a place in LAYERS")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules that a file imports, those of this package by their name within it."""
+    package = ["llmux_asgi", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, node.module] if node.module else base)
+            bare = node.level and not node.module
+            found |= {f"{name}.{alias.name}" for alias in node.names} if bare else {name}
+    return found
+
+
+def under_type_checking(path: Path) -> set[str]:
+    """Imports for annotations only do not run."""
+    tree = ast.parse(path.read_text())
+    blocks = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return {f"llmux_asgi.{n.module}" for b in blocks for n in b.body if isinstance(n, ast.ImportFrom) and n.level}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_of)
+def test_imports_go_down_only(path: Path) -> None:
+    level = layer_of(module_of(path))
+    for name in imports_of(path) - under_type_checking(path):
+        if name.split(".")[0] == "llmux_asgi":
+            assert layer_of(name.removeprefix("llmux_asgi").removeprefix(".")) <= level, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_the_pure_layer_does_no_io(module: str) -> None:
+    roots = {name.partition(".")[0] for name in imports_of(PACKAGE / f"{module}.py")}
+    assert not roots & {"anyio", "asyncio", "httpx", "httpcore", "starlette", "trio", "socket", "time"}
+
+
+def test_the_library_imports_the_api_of_opentelemetry_and_never_the_sdk() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.startswith("opentelemetry.sdk") for name in imports_of(path)), path
+    code = "import sys, llmux_asgi; print([m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'yaml', 'typer'))])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["llmux_asgi", *MODULES])
+def test_what_is_exported_exists_is_sorted_and_is_documented(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__
+    exported = getattr(module, "__all__", [])
+    # Constants, classes, functions; each by name: the order that ruff keeps.
+    assert exported == sorted(exported, key=lambda each: (not each.isupper(), not each[0].isupper(), each))
+    for each in exported:
+        value = getattr(module, each)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert value.__doc__, f"{name}.{each} has no docstring"
+
+
+def test_the_tree_in_the_docstring_of_the_errors_is_the_real_one() -> None:
+    drawn: dict[str, str] = {}
+    stack: list[tuple[int, str]] = []
+    for line in (exceptions.__doc__ or "").splitlines():
+        name = line.strip("│├└─ ").split(" ")[0]
+        if not name.endswith("Error"):
+            continue
+        depth = line.index(name)
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        drawn[name] = stack[-1][1] if stack else "Exception"
+        stack.append((depth, name))
+    real = {name: getattr(exceptions, name).__base__.__name__ for name in exceptions.__all__}
+    assert drawn == real

@@ -1,0 +1,190 @@
+"""Spans and metrics: in memory, and over real OTLP/HTTP to a receiver that decodes the official protobufs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from llmux_asgi import BackendError, FifoPolicy, LLMuxApp, LLMuxMiddleware
+from llmux_asgi.telemetry import Telemetry
+from tests.gateway.conftest import gateway
+from tests.gateway.test_relay import echo
+from tests.support.otlp import receive_spans
+from tests.support.pool import Pool
+from tests.support.serve import serve
+from tests.test_middleware import Connection, Inner, call
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+
+
+class Recorded:
+    """Spans and metrics of one pool, kept in memory."""
+
+    def __init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider()
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.reader = InMemoryMetricReader()
+        self.telemetry = Telemetry(self.provider, MeterProvider([self.reader]))
+
+    @property
+    def spans(self) -> Sequence[ReadableSpan]:
+        return self.exporter.get_finished_spans()
+
+    def named(self, name: str) -> list[ReadableSpan]:
+        return [span for span in self.spans if span.name == name]
+
+    def metric(self, name: str) -> list[Any]:
+        data = self.reader.get_metrics_data()
+        assert data is not None
+        metrics = [m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics if m.name == name]
+        return [point for metric in metrics for point in metric.data.data_points]
+
+
+def ids(span: ReadableSpan) -> tuple[int, int]:
+    context = span.get_span_context()
+    assert context is not None
+    return context.trace_id, context.span_id
+
+
+@pytest.mark.anyio
+async def test_a_switch_is_a_tree_under_the_request_that_began_it_and_linked_both_ways() -> None:
+    recorded = Recorded()
+    pool = Pool(FifoPolicy(min_active_duration=0), awake="a", telemetry=recorded.telemetry)
+    app = LLMuxMiddleware(Inner(pool), pool.switcher)
+    await call(app, Connection(b'{"model": "a"}'))
+    connection = Connection(b'{"model": "b", "stream": true}', headers={"traceparent": f"00-{TRACE}-{PARENT}-01", "x": "y"})
+    await call(app, connection)
+    await pool.switcher.aclose()
+
+    first, second = recorded.named("llmux.request")
+    [switch] = recorded.named("llmux.switch")
+    phases = [span for span in recorded.spans if span.parent and span.parent.span_id == ids(switch)[1]]
+    assert [span.name for span in phases] == ["cooldown", "drain", "sleep", "wake", "ready"]
+    assert second.parent is not None
+    assert f"{second.parent.trace_id:032x}" == TRACE
+    assert f"{second.parent.span_id:016x}" == PARENT
+    assert switch.parent is not None
+    assert (switch.parent.trace_id, switch.parent.span_id) == ids(second)
+    assert [(link.context.trace_id, link.context.span_id) for link in switch.links] == [ids(second)]
+    assert [(link.context.trace_id, link.context.span_id) for link in second.links] == [ids(switch)]
+    assert first.links == ()
+    assert second.kind is SpanKind.SERVER
+
+    assert second.attributes is not None
+    assert dict(second.attributes) == {
+        "http.request.method": "POST",
+        "http.route": "/v1/chat/completions",
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "vllm",
+        "gen_ai.request.model": "b",
+        "gen_ai.request.stream": True,
+        "llmux.model": "b",
+        "llmux.queue_time": second.attributes["llmux.queue_time"],
+        "http.response.status_code": 201,
+    }
+    assert switch.attributes == {
+        "llmux.switch.from": "a",
+        "llmux.switch.to": "b",
+        "llmux.switch.sleep_level": 1,
+        "llmux.switch.policy": "FifoPolicy",
+        "llmux.switch.waiting": 1,
+        "llmux.switch.in_flight": 0,
+        "llmux.switch.outcome": "completed",
+    }
+    [duration] = recorded.metric("llmux.switch.duration")
+    assert duration.attributes == {"llmux.switch.from": "a", "llmux.switch.to": "b", "llmux.switch.outcome": "completed"}
+    assert {(p.attributes["llmux.model"], p.value) for p in recorded.metric("llmux.requests")} == {("a", 1), ("b", 1)}
+    assert {p.attributes["llmux.model"] for p in recorded.metric("llmux.queue.time")} == {"a", "b"}
+
+
+@pytest.mark.anyio
+async def test_a_failed_switch_and_its_requests_are_errors_with_the_exception() -> None:
+    recorded = Recorded()
+    pool = Pool(telemetry=recorded.telemetry)
+    pool.backends["a"].fail("wake", BackendError("out of memory"))
+    await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(b'{"model": "a"}'))
+    await pool.switcher.aclose()
+    [request], [switch], [wake] = (recorded.named(name) for name in ("llmux.request", "llmux.switch", "wake"))
+    for span, kind in ((request, "SwitchError"), (switch, "BackendError"), (wake, None)):
+        assert span.status.status_code is StatusCode.ERROR
+        assert "out of memory" in (span.status.description or "")
+        assert [event.name for event in span.events] == ["exception"]
+        assert span.attributes is not None
+        assert span.attributes.get("error.type") == kind
+    assert switch.attributes is not None
+    assert switch.attributes["llmux.switch.outcome"] == "failed"
+
+
+@pytest.mark.anyio
+async def test_a_request_that_nothing_waits_for_has_no_switch_and_errors_of_clients_are_told() -> None:
+    recorded = Recorded()
+    pool = Pool(awake="a", telemetry=recorded.telemetry)
+    await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(b'{"model": "nobody"}'))
+    [request] = recorded.named("llmux.request")
+    assert request.attributes is not None
+    assert (request.attributes["error.type"], request.attributes["http.response.status_code"]) == ("UnknownModelError", 404)
+    assert recorded.named("llmux.switch") == []
+
+
+@pytest.mark.anyio
+async def test_inside_an_instrumented_host_the_request_is_a_part_of_the_hosts_span() -> None:
+    recorded = Recorded()
+    pool = Pool(awake="a", telemetry=recorded.telemetry)
+    with recorded.provider.get_tracer("host").start_as_current_span("host") as host:
+        await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(b'{"model": "a"}'))
+    [request] = recorded.named("llmux.request")
+    assert request.parent is not None
+    assert request.parent.span_id == host.get_span_context().span_id
+    assert request.kind is SpanKind.INTERNAL
+
+
+def test_traceparent_reaches_the_backend_as_a_child_of_the_request() -> None:
+    recorded = Recorded()
+    with gateway("asyncio") as plain:
+        plain.a.script = echo
+        url = plain.app.config.models["a"].url
+        llm = LLMuxApp({"models": {"a": {"url": url}}}, tracer_provider=recorded.provider)
+        with serve(llm) as served:
+            sent = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"}
+            assert httpx.post(served + "/v1/completions", json={"model": "a"}, headers=sent).status_code == 200
+        headers = dict(plain.a.requests[0].headers)
+        assert plain.chat().status_code == 200  # without an SDK: passed on as it came
+        plain.client.post("/v1/completions", json={"model": "a"}, headers=sent)
+        untouched = dict(plain.a.requests[-1].headers)
+    [request] = recorded.named("llmux.request")
+    assert headers[b"traceparent"].decode() == f"00-{TRACE}-{ids(request)[1]:016x}-01"
+    assert headers[b"tracestate"] == b"a=b"
+    assert untouched[b"traceparent"].decode() == sent["traceparent"]
+
+
+@pytest.mark.anyio
+async def test_the_tree_arrives_over_otlp() -> None:
+    with receive_spans() as (endpoint, spans):
+        provider = TracerProvider()
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
+        pool = Pool(awake="a", telemetry=Telemetry(provider))
+        app = LLMuxMiddleware(Inner(pool), pool.switcher)
+        for model in ("a", "b", "a"):
+            await call(app, Connection(b'{"model": "%s"}' % model.encode()))
+        await pool.switcher.aclose()
+        provider.shutdown()
+    by_id = {span.span_id: span for span in spans}
+    switches = [span for span in spans if span.name == "llmux.switch"]
+    assert len(switches) == 2
+    for switch in switches:
+        assert by_id[switch.parent_span_id].name == "llmux.request"
+        children = sorted((s.start_time_unix_nano, s.name) for s in spans if s.parent_span_id == switch.span_id)
+        assert [name for _, name in children] == ["cooldown", "drain", "sleep", "wake", "ready"]
+        assert [link.span_id for link in switch.links] == [switch.parent_span_id]
