@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -55,6 +55,10 @@ class LLMuxApp:
         self._proxy = Proxy(self.config.models)
         self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
         self._created = int(time.time())
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Return this very object: Litestar's routers copy what they mount, and the servers have one owner."""
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""

@@ -217,9 +217,12 @@ class _Responder:
 
 
 def route_path(scope: Scope) -> str:
-    """Return the request's path below the mount point, as Starlette, FastAPI and Litestar hand it to a mounted app."""
+    """Return the request's path below the mount point, with a slash before and none after it.
+
+    Litestar adds one at the end of what it hands to a mounted app, and at its root takes the first one away.
+    """
     path: str = scope["path"]
     root: str = scope.get("root_path", "").rstrip("/")
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
         path = path[len(root) :]
-    return path or "/"
+    return "/" + path.removeprefix("/").removesuffix("/")

@@ -305,6 +305,13 @@ async def test_a_failed_switch_is_answered_in_openais_shape(pool: Pool) -> None:
         ("/v1/models", "/llm", "/v1/models"),
         ("/llmore/v1", "/llm", "/llmore/v1"),
         ("/llm", "/llm", "/"),
+        ("/v1/models/", "", "/v1/models"),
+        ("/llm/v1/models/", "/llm", "/v1/models"),
+        ("v1/models", "", "/v1/models"),
+        ("v1/models/", "", "/v1/models"),
+        ("//v1/models", "", "//v1/models"),
+        ("/", "", "/"),
+        ("", "", "/"),
     ],
 )
 async def test_the_path_below_the_mount_is_found(path: str, root: str, route: str) -> None:
