@@ -59,7 +59,6 @@ def test_every_inference_route_is_relayed_under_its_own_path(served: Gateway, ro
         "/metrics",
         "/openapi.json",
         "/v1/chat/completions/../../sleep",
-        "/v1/chat/completions/",
         "/v1//chat/completions",
         "/V1/chat/completions",
         "/v1/load_lora_adapter",
@@ -73,6 +72,12 @@ def test_nothing_else_reaches_a_backend(served: Gateway, path: str) -> None:
     assert error(response)["code"] == "unknown_url"
     assert served.a.requests == []
     assert served.a.controls == []
+
+
+def test_a_slash_at_the_end_makes_no_difference(served: Gateway) -> None:
+    served.a.script = echo
+    assert served.client.post("/v1/chat/completions/", json={"model": "a"}).status_code == 200
+    assert served.a.requests[0].path == "/v1/chat/completions"
 
 
 def test_a_wrong_method_is_a_405_that_says_which_is_right(served: Gateway) -> None:
