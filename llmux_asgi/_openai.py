@@ -26,9 +26,11 @@ __all__ = [
     "Headers",
     "InterruptedAnswer",
     "RequestFields",
+    "content_length",
     "describe",
     "error_answer",
     "error_event",
+    "is_done",
     "model_of",
     "read_fields",
     "relayed_request_headers",
@@ -197,6 +199,14 @@ def relayed_response_headers(headers: Headers) -> Headers:
     return _without(headers, _NOT_SENT_DOWN)
 
 
+def content_length(headers: Headers) -> int | None:
+    """Return how many bytes of body the headers announce, `None` if they do not say."""
+    for name, value in headers:
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value)
+    return None
+
+
 def _without(headers: Headers, dropped: frozenset[bytes]) -> Headers:
     kept = [(lower, value) for name, value in headers if (lower := name.lower()) not in dropped]
     for name, value in headers:
@@ -223,6 +233,11 @@ def split_events(data: bytes) -> tuple[bytes, bytes]:
     for found in _EVENT_END.finditer(data):
         end = found.end()
     return data[:end], data[end:]
+
+
+def is_done(events: bytes) -> bool:
+    """Say whether whole events end with the one that ends a stream of OpenAI's."""
+    return events.endswith((b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"))
 
 
 class InterruptedAnswer:

@@ -21,7 +21,9 @@ from ._lease import Lease
 from ._openai import (
     Headers,
     InterruptedAnswer,
+    content_length,
     error_event,
+    is_done,
     relayed_request_headers,
     relayed_response_headers,
     split_events,
@@ -172,7 +174,7 @@ class Proxy:
         if body is None:
             return
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(_watch_client, receive, tasks.cancel_scope)
+            tasks.start_soon(_watch_client, receive, relay, tasks.cancel_scope)
             await relay.run(body)
             tasks.cancel_scope.cancel()
         # An error is raised here and not above, where the task group would wrap it.
@@ -212,6 +214,10 @@ class _Relay:
         self._route: str = scope[SCOPE_ROUTE]
         self._started = False
         self._streams_events = False
+        self.ended = False
+        """Whether the last byte of the answer is out."""
+        self.done = False
+        """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
         self.error: LLMuxError | None = None
 
     async def run(self, body: bytes) -> None:
@@ -245,15 +251,25 @@ class _Relay:
                 "status": response.status,
                 "headers": relayed_response_headers(response.headers),
             }
+            # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
             if self._streams_events:
                 await self._relay_events(start, response.chunks)
             elif self._lease.interrupted:
                 await self._relay_checked(start, response.chunks)
             else:
-                await self._begin(start)
-                async for chunk in response.chunks:
-                    await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._relay_plain(start, response)
+
+    async def _relay_plain(self, start: Message, response: UpstreamResponse) -> None:
+        await self._begin(start)
+        # A client has its answer when it has as many bytes as it was promised, and may send the next request at once. By
+        # then the lease must be on its way back, and the ASGI server must know that this answer is over.
+        left = content_length(response.headers)
+        async for chunk in response.chunks:
+            if left is not None:
+                left -= len(chunk)
+            await self._pass_on(chunk, last=left == 0)
+        if not self.ended:
+            await self._pass_on(b"", last=True)
 
     async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
         await self._begin(start)
@@ -264,12 +280,12 @@ class _Relay:
             if len(rest) > _LONGEST_EVENT:
                 events, rest = events + rest, b""
             if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
-                await self._send({"type": "http.response.body", "body": events[:cut], "more_body": True})
+                await self._pass_on(events[:cut])
                 raise InterruptedRequestError(self._lease.model)
             if events:
-                await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        if rest:
-            await self._send({"type": "http.response.body", "body": rest, "more_body": True})
+                self.done = is_done(events)
+                await self._pass_on(events)
+        await self._pass_on(rest, last=True)
 
     async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
         """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
@@ -277,11 +293,16 @@ class _Relay:
         if start["status"] < 400 and not InterruptedAnswer(self._route).is_whole(body):
             raise InterruptedRequestError(self._lease.model)
         await self._begin(start)
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._pass_on(body, last=True)
 
     async def _begin(self, start: Message) -> None:
         self._started = True
         await self._send(start)
+
+    async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
+        self.done = self.done or last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        self.ended = last
 
     async def _fail(self, error: LLMuxError) -> None:
         if not self._started:
@@ -290,7 +311,7 @@ class _Relay:
         logger.warning("%s", error)
         failed(trace.get_current_span(), error)
         if self._streams_events:
-            await self._send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+            await self._pass_on(error_event(error), last=True)
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.
 
 
@@ -310,8 +331,10 @@ async def _read_body(receive: Receive) -> bytes | None:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def _watch_client(receive: Receive, relay: anyio.CancelScope) -> None:
+async def _watch_client(receive: Receive, relay: _Relay, relaying: anyio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    trace.get_current_span().set_attribute(names.CLIENT_DISCONNECTED, True)
-    relay.cancel()
+    if not relay.done:
+        trace.get_current_span().set_attribute(names.CLIENT_DISCONNECTED, True)
+    if not relay.ended:  # else it is not the client: an ASGI server tells of a finished exchange in the same way
+        relaying.cancel()

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
 from ._lease import Lease
-from ._openai import INFERENCE_ROUTES, describe, model_of, read_fields
+from ._openai import INFERENCE_ROUTES, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LEASE, SCOPE_ROUTE
 from .exceptions import (
     BodyTooLargeError,
@@ -164,9 +164,8 @@ class _Responder:
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
         limit = self._middleware.max_body
-        for name, value in self._scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise BodyTooLargeError(limit)
+        if (content_length(self._scope["headers"]) or 0) > limit:
+            raise BodyTooLargeError(limit)
         parts: list[bytes] = []
         size = 0
         while True:

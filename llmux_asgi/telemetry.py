@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
+from opentelemetry.context import Context
 from opentelemetry.propagate import extract, inject
 from opentelemetry.propagators.textmap import Getter, Setter
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
     from opentelemetry.util.types import Attributes
@@ -89,6 +90,9 @@ class _HeaderSetter(Setter[Headers]):
 
 _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
 
+_SERVING = otel_context.create_key("llmux_asgi.serving")
+"""In OpenTelemetry's context: the headers of the request that is being served."""
+
 
 class Telemetry:
     """The spans and metrics of one gateway. Without providers it uses the global ones, as every instrumentation does."""
@@ -103,11 +107,20 @@ class Telemetry:
     @contextmanager
     def request(self, headers: Headers, attributes: Attributes) -> Iterator[Span]:
         """Open the span of a request: a child of the host's span if it has one, else of the caller's `traceparent`."""
-        hosted = trace.get_current_span().get_span_context().is_valid
-        context = None if hosted else extract(headers, getter=_GETTER)
-        kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
-        with self._tracer.start_as_current_span(SPAN_REQUEST, context=context, kind=kind, attributes=attributes) as span:
-            yield span
+        current = otel_context.get_current()
+        if current.get(_SERVING, headers) is not headers:
+            # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
+            # in there is this request's. What stays the same while a host hands a request on is its list of headers.
+            current = Context()
+        token = otel_context.attach(otel_context.set_value(_SERVING, headers, current))
+        try:
+            hosted = trace.get_current_span().get_span_context().is_valid
+            context = None if hosted else extract(headers, context=Context(), getter=_GETTER)
+            kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
+            with self._tracer.start_as_current_span(SPAN_REQUEST, context=context, kind=kind, attributes=attributes) as span:
+                yield span
+        finally:
+            otel_context.detach(token)
 
     @contextmanager
     def switch(self, parent: Context, waiters: Sequence[SpanContext], attributes: Attributes) -> Iterator[Span]:

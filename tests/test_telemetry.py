@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -21,7 +26,8 @@ from tests.gateway.conftest import gateway
 from tests.gateway.test_relay import echo
 from tests.support.otlp import receive_spans
 from tests.support.pool import Pool
-from tests.support.serve import serve
+from tests.support.serve import EventLoop, serve
+from tests.support.upstream import Exchange, Script, ScriptedServer
 from tests.test_middleware import Connection, Inner, call
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -148,6 +154,70 @@ async def test_inside_an_instrumented_host_the_request_is_a_part_of_the_hosts_sp
     assert request.parent is not None
     assert request.parent.span_id == host.get_span_context().span_id
     assert request.kind is SpanKind.INTERNAL
+
+
+@contextmanager
+def traced(loop: EventLoop, script: Script) -> Iterator[tuple[str, Recorded]]:
+    """A traced gateway over one server."""
+    recorded = Recorded()
+    server = ScriptedServer(script)
+    with (
+        serve(server) as url,
+        serve(LLMuxApp({"models": {"a": {"url": url}}}, tracer_provider=recorded.provider), loop) as base,
+    ):
+        yield base, recorded
+
+
+def test_a_request_sent_before_the_one_ahead_of_it_has_ended_has_a_trace_of_its_own() -> None:
+    """uvicorn starts it in the context of the one ahead."""
+    with traced("asyncio", echo) as (url, recorded):
+        parts = urlsplit(url)
+        body = b'{"model": "a"}'
+        requests = b"".join(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\nconnection: %s\r\n%s\r\n%s"
+            % (len(body), connection, b"traceparent: 00-%032x-%016x-01\r\n" % (number, number) if number else b"", body)
+            for number, connection in ((1, b"keep-alive"), (2, b"keep-alive"), (0, b"close"))
+        )
+        with socket.create_connection((parts.hostname or "", parts.port or 0)) as client:
+            client.sendall(requests)
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+        assert received.count(b"200 OK") == 3
+    first, second, third = recorded.named("llmux.request")
+    assert [(span.parent.trace_id, span.parent.span_id) for span in (first, second) if span.parent] == [(1, 1), (2, 2)]
+    assert third.parent is None
+    assert {span.kind for span in (first, second, third)} == {SpanKind.SERVER}
+    assert len({ids(span)[0] for span in (first, second, third)}) == 3
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_only_a_client_that_leaves_before_its_answer_is_complete_is_said_to_have_left(loop: EventLoop) -> None:
+    left = threading.Event()
+
+    async def script(exchange: Exchange) -> None:
+        kind = json.loads(exchange.body)["kind"]
+        if kind == "plain":
+            await exchange.start("application/json", 200, (b"content-length", b"2"))
+            await exchange.chunk(b"{}", last=True)
+            return
+        await exchange.start()
+        await exchange.chunk(b"data: 1\n\n")
+        if kind == "done":
+            await exchange.chunk(b"data: [DONE]\n\n")
+        await exchange.client_left()
+        left.set()
+
+    with traced(loop, script) as (url, recorded), httpx.Client(base_url=url) as client:
+        client.post("/v1/completions", json={"model": "a", "kind": "plain"})
+        for kind, end in (("done", b"[DONE]\n\n"), ("cut", b"1\n\n")):
+            left.clear()
+            with client.stream("POST", "/v1/completions", json={"model": "a", "kind": kind}) as response:
+                chunks = response.iter_raw()
+                received = b""
+                while not received.endswith(end):
+                    received += next(chunks)
+            assert left.wait(5)  # either way the server is told at once
+    said = [(span.attributes or {}).get("llmux.client_disconnected") for span in recorded.named("llmux.request")]
+    assert said == [None, None, True]
 
 
 def test_traceparent_reaches_the_backend_as_a_child_of_the_request() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -11,16 +10,10 @@ from typing import Any
 import httpx
 import msgspec
 
+from tests.support.eventually import eventually
+
 LONG = 900
 """Tokens of a request that is still running when the next control call arrives (the real server's limit is 1024)."""
-
-
-def eventually(what: str, condition: Callable[[], bool], timeout: float = 30.0) -> None:
-    """Poll until `condition` holds; fail with `what` after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"never happened: {what}"
-        time.sleep(0.005)
 
 
 class Call(threading.Thread):

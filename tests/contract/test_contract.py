@@ -8,8 +8,10 @@ from contextlib import closing
 import httpx
 import pytest
 
+from tests.support.eventually import eventually
+
 from .conftest import ContractServer
-from .driver import LONG, Call, Driver, Stream, eventually
+from .driver import LONG, Call, Driver, Stream
 
 # Answers of the control routes
 

@@ -6,27 +6,28 @@ import dataclasses
 import http.client
 import json
 import threading
-import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from urllib.parse import urlsplit
 
+import anyio
+import anyio.to_thread
 import httpx
 import pytest
 
+from llmux_asgi import LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
+from llmux_asgi._openai import Headers
+from llmux_asgi._proxy import Proxy, UpstreamResponse
 from tests.gateway.conftest import Gateway, gateway
-from tests.support.serve import EventLoop, free_port
-from tests.support.upstream import Exchange, cutting_server, wait_for
+from tests.support.eventually import eventually, is_at_rest
+from tests.support.serve import EventLoop, free_port, serve
+from tests.support.upstream import Exchange, ScriptedServer, cutting_server, wait_for
 
 EVENTS = [b'data: {"n":%d}\n\n' % n for n in range(1000)] + [b"data: [DONE]\n\n"]
 
 
-def counts_come_back_to_zero(served: Gateway) -> bool:
-    """The client may see the last byte a moment before the gateway has returned from sending it."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        statistics = served.app.switcher.statistics()
-        if not any(statistics.in_flight.values()) and not any(statistics.waiting.values()):
-            return True
-    return False
+def counts_come_back_to_zero(served: Gateway) -> None:
+    eventually("nothing is in flight and nobody waits", lambda: is_at_rest(served.app))
 
 
 def relay_to(served: Gateway, url: str) -> None:
@@ -54,7 +55,7 @@ def test_a_thousand_chunks_arrive_byte_for_byte_and_the_first_before_the_last_is
         first_arrived.set()
         received += b"".join(chunks)
     assert received == b"".join(EVENTS)
-    assert counts_come_back_to_zero(served)
+    counts_come_back_to_zero(served)
 
 
 def test_each_event_is_passed_on_when_it_comes(served: Gateway) -> None:
@@ -110,6 +111,39 @@ async def echo(exchange: Exchange) -> None:
     await exchange.chunk(exchange.body, last=True)
 
 
+class SlowToEnd:
+    """An upstream that has sent every byte it announced and does not come to its end yet."""
+
+    def __init__(self) -> None:
+        self.end = threading.Event()
+
+    @asynccontextmanager
+    async def request(
+        self, method: bytes, url: str, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+    ) -> AsyncIterator[UpstreamResponse]:
+        async def chunks() -> AsyncGenerator[bytes]:
+            yield b"one"
+            yield b"two"
+            assert await anyio.to_thread.run_sync(self.end.wait, 10)
+
+        async with aclosing(chunks()) as body_chunks:
+            yield UpstreamResponse(200, [(b"content-length", b"6")], body_chunks)
+
+    async def aclose(self) -> None:
+        pass
+
+
+def test_an_answer_is_over_with_its_last_byte_whatever_the_server_does_then(loop: EventLoop) -> None:
+    upstream = SlowToEnd()
+    with serve(ScriptedServer()) as url:
+        config = load_config({"models": {"a": {"url": url}}})
+        app = LLMuxMiddleware(Proxy(config.models, upstream), switcher := ModelSwitcher.from_config(config))
+        with serve(app, loop) as gateway_url:
+            assert httpx.post(gateway_url + "/v1/completions", json={"model": "a"}).content == b"onetwo"
+            eventually("the lease is given back", lambda: not switcher.statistics().in_flight["a"])
+            upstream.end.set()
+
+
 def test_the_request_arrives_unchanged_but_for_what_belongs_to_the_connection(served: Gateway) -> None:
     served.a.script = echo
     body = b'{ "model" : "a", "x": [1.0, 1e5, "\\u00e9"] }'
@@ -163,7 +197,7 @@ def test_the_servers_generation_is_cancelled_and_the_lease_ends_when_the_client_
     # b can have its turn: the lease on a is gone.
     served.b.script = echo
     assert served.chat("b").status_code == 200
-    assert counts_come_back_to_zero(served)
+    counts_come_back_to_zero(served)
 
 
 def test_the_servers_generation_is_cancelled_when_the_client_leaves_before_the_answer(served: Gateway) -> None:
@@ -199,11 +233,9 @@ def test_a_client_that_leaves_the_queue_lets_the_active_model_go_on(served: Gate
         parts = urlsplit(served.url)
         waiting = http.client.HTTPConnection(parts.netloc)
         waiting.request("POST", f"{parts.path}/v1/chat/completions", json.dumps({"model": "b"}))
-        while not served.app.switcher.statistics().waiting["b"]:
-            pass
+        eventually("the request is queued", lambda: served.app.switcher.statistics().waiting["b"] == 1)
         waiting.close()
-        while served.app.switcher.statistics().waiting["b"]:
-            pass
+        eventually("it has left the queue", lambda: served.app.switcher.statistics().waiting["b"] == 0)
         finish.set()
         assert list(chunks) == [EVENTS[1]]
     assert "/sleep" not in served.a.controls
@@ -247,7 +279,7 @@ def test_a_dead_server_is_a_502_that_says_so(loop: EventLoop) -> None:
         assert response.status_code == 502
         assert response.json()["error"]["code"] == "upstream_error"
         assert "The server of the model 'a' cannot be reached" in response.json()["error"]["message"]
-        assert counts_come_back_to_zero(served)
+        counts_come_back_to_zero(served)
 
 
 def test_a_stream_that_breaks_ends_with_an_error_event(served: Gateway) -> None:
@@ -274,7 +306,7 @@ def test_an_answer_that_breaks_is_never_taken_for_a_whole_one(served: Gateway) -
     served.a.script = script
     with pytest.raises(httpx.RemoteProtocolError):
         served.chat()
-    assert counts_come_back_to_zero(served)
+    counts_come_back_to_zero(served)
 
 
 def test_a_silent_server_is_given_up_after_its_read_timeout(loop: EventLoop) -> None:
@@ -420,7 +452,7 @@ def test_a_request_that_the_sleeping_server_never_ends_is_ended_by_the_gateway(
         thread.join(5)
         assert b"request_interrupted" in responses[0].content
         assert responses[0].status_code == (200 if begun else 503)
-        assert counts_come_back_to_zero(served)
+        counts_come_back_to_zero(served)
 
 
 def test_an_answer_that_cannot_say_that_it_was_aborted_is_not_trusted(loop: EventLoop) -> None:

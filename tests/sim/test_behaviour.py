@@ -18,7 +18,8 @@ import pytest
 from llmux_asgi.sim import GpuLedger, SimOptions, start_sim, start_sims
 from llmux_asgi.sim.text import detokenize, tokenize
 from llmux_asgi.sim.version import Behaviour
-from tests.contract.driver import Driver, eventually
+from tests.contract.driver import Driver
+from tests.support.eventually import eventually
 
 
 def test_text_depends_on_the_model_and_the_prompt_alone() -> None:

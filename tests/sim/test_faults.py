@@ -9,7 +9,8 @@ import pytest
 
 from llmux_asgi.sim import Fault, SimError, SimProcess, start_sim
 from llmux_asgi.sim.faults import FaultPlan
-from tests.contract.driver import Driver, eventually
+from tests.contract.driver import Driver
+from tests.support.eventually import eventually
 
 
 @pytest.mark.parametrize(
