@@ -9,6 +9,8 @@ What the model is made for:
   every answer runs to `max_tokens` (or to the context's end) and finishes with "length". Requests need no `ignore_eos`.
 - *Its text can be told apart*: the weights are large enough for attention to matter, so the answer at temperature 0
   depends on the whole prompt and on the seed, and a gateway that mixes up two answers is found out.
+- *It is not too fast*: a step takes a few milliseconds. With 2 layers it took 1, and on a busy machine vLLM's API server
+  fell behind its engine: all chunks of a stream came at its end, when it was too late to do something in its middle.
 - *Every token is text*: tokens that are no whole characters are never chosen at temperature 0, so each streamed chunk has
   a non-empty text. Some tokens are not ASCII, so that chunks with multi-byte characters occur.
 """
@@ -105,12 +107,12 @@ def make_model(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=12,
         # Heads of 64: vLLM's CPU kernels crash with heads of 16.
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=_CONTEXT,
         # Some six times transformers' default: with that, the last token alone decides the next one.
         initializer_range=0.12,
