@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import Protocol
 
 import anyio
 
+from ._spawn import only_own_cancellation, spawn
 from ._state import SwitcherState
 from .policy import Defer, PolicyContext, SwitchNow, SwitchPolicy
 
-if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
-
 __all__ = ["Blame", "Decider"]
+
+logger = logging.getLogger(__name__)
 
 
 class Blame(Protocol):
@@ -53,11 +55,8 @@ class Decider:
         self._changed = changed
         self._deferrals: dict[str, _Deferral] = {}
 
-    def choose(self, tasks: TaskGroup) -> str | None:
-        """Ask for each model that has waiting requests, the longest wait first; `None`: for none of them now.
-
-        Deferrals are awaited in `tasks`.
-        """
+    def choose(self) -> str | None:
+        """Ask for each model that has waiting requests, the longest wait first; `None`: for none of them now."""
         for model in self._state.waiting_models():
             if deferral := self._deferrals.get(model):
                 if deferral.done:
@@ -74,7 +73,8 @@ class Decider:
                     return model
                 case Defer(awaitable):
                     self._deferrals[model] = deferral = _Deferral(awaitable)
-                    tasks.start_soon(self._await, model, deferral)
+                    # In a task of its own: the user's code may be slow to end, or cancel what it is given.
+                    spawn(partial(self._await, model, deferral), "llmux_asgi deferral")
                 case _:
                     if inspect.iscoroutine(decision):
                         decision.close()
@@ -113,9 +113,12 @@ class Decider:
             return
         deferral.started = True
         try:
-            with deferral.scope:
+            with deferral.scope, only_own_cancellation():
                 await deferral.awaitable
                 deferral.done = True
-        except Exception as exc:  # noqa: BLE001 - the awaitable is the user's code
-            self._blame(model, f"the awaitable of its Defer raised {exc!r}", exc)
+        except Exception as exc:
+            if self._deferrals.get(model) is deferral:
+                self._blame(model, f"the awaitable of its Defer raised {exc!r}", exc)
+            else:  # dropped meanwhile: who waits for the model now has nothing to do with it
+                logger.warning("the awaitable of a Defer raised when it was cancelled", exc_info=exc)
         self._changed()

@@ -22,11 +22,15 @@ __all__ = ["Activation", "Lease", "Waiter"]
 
 
 class Activation:
-    """One stretch of time in which a model was awake; shared by the leases granted in it."""
+    """One stretch of time in which a model was awake; shared by the leases granted in it.
 
-    __slots__ = ("exchanges", "interrupted", "over")
+    `previous` is the one before, if a failed switch has interrupted it and the same model has gone on.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("exchanges", "interrupted", "over", "previous")
+
+    def __init__(self, previous: Activation | None = None) -> None:
+        self.previous = previous
         self.interrupted = False
         """Whether it is being ended, or was, while leases were held."""
         self.over = False
@@ -35,10 +39,12 @@ class Activation:
         """To be called when it is over, by the exchanges with the server that are still under way."""
 
     def end(self) -> None:
-        """Tell that the model is confirmed asleep."""
-        self.over = True
+        """Tell all who still hold leases that the model is confirmed out of memory."""
+        self.interrupted = self.over = True
         for tell in self.exchanges:
             tell()
+        if self.previous is not None:
+            self.previous.end()
 
 
 class Lease:

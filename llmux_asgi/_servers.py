@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import enum
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import anyio
 
 from .backends import Backend, BackendState
-from .exceptions import BackendError, BackendUnreachableError
+from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
 
 __all__ = ["Servers"]
 
 logger = logging.getLogger(__name__)
+
+
+class _Steps(enum.Flag):
+    """Steps that were sent to a server and not confirmed: the state that it tells is not the whole truth."""
+
+    NONE = 0
+    SLEEP = enum.auto()
+    """It may say that it is awake and fall asleep at any moment."""
+    WAKE = enum.auto()
+    """It may say that it sleeps and hold memory, or that it is awake and not be fit to serve."""
 
 
 class Servers:
@@ -22,80 +33,111 @@ class Servers:
     def __init__(self, backends: Mapping[str, Backend]) -> None:
         self._backends = dict(backends)
         self._known: dict[str, BackendState] = {}
+        self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
 
     @property
     def models(self) -> tuple[str, ...]:
         """The models' names, in the order of the configuration."""
         return tuple(self._backends)
 
-    def known(self, model: str) -> BackendState | None:
-        """The state that the server of `model` last confirmed, `None` if it is not known."""
-        return self._known.get(model)
+    def says_awake(self, model: str) -> bool:
+        """Say whether the server of `model` said that it is awake when it was last asked."""
+        return self._known.get(model) is BackendState.AWAKE
 
-    def forget(self) -> None:
-        """Know nothing any more."""
-        self._known.clear()
+    def is_sound(self, model: str) -> bool:
+        """Say whether what the server of `model` tells of itself is the whole truth."""
+        return not self._unconfirmed[model]
 
     async def look(self, model: str) -> BackendState:
         """Ask the server of `model` for its state. Raises `BackendError` if there is no clear answer."""
         self._known.pop(model, None)
-        state = self._known[model] = await self._backends[model].state()
+        state = await self._backends[model].state()
+        self._learn(model, state)
         return state
 
-    async def look_at_all(self) -> list[str]:
-        """Ask every server, all at once, and return the models that are awake. Servers without a clear answer stay unknown."""
+    async def look_at(self, models: Iterable[str]) -> dict[str, BackendError]:
+        """Ask the servers of `models`, all at once. Returns why some gave no clear answer: their state is unknown now."""
+        errors: dict[str, BackendError] = {}
 
         async def look(model: str) -> None:
             try:
                 await self.look(model)
             except BackendError as exc:
-                logger.warning("the state of the model %r is unknown: %s", model, exc)
+                errors[model] = exc
 
         async with anyio.create_task_group() as tasks:
-            for model in self._backends:
+            for model in models:
                 tasks.start_soon(look, model)
-        return [model for model in self._backends if self._known.get(model) is BackendState.AWAKE]
+        return errors
 
     async def require_reachable(self, model: str) -> None:
         """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake."""
         if await self.look(model) is BackendState.UNREACHABLE:
             raise BackendUnreachableError(f"{self._backends[model]}: nothing listens there. Is the server running?")
 
-    async def needs_sleep(self, model: str) -> bool:
-        """Say whether `model` holds memory. Only a sleeper is taken at its last word: what was gone may have come back."""
-        if self._known.get(model) is BackendState.ASLEEP:
-            return False
-        return await self.look(model) is BackendState.AWAKE
+    async def in_memory(self, target: str, origin: str | None) -> tuple[list[str], list[str]]:
+        """Ask all servers but these two and return those that have to be put to sleep before `target` is woken.
+
+        First the awake ones; second the half-woken ones, and the target if a sleep call of its own is still to come. A
+        server that was put to sleep is asked as well: it may have been restarted meanwhile, and be awake. If it gives no
+        clear answer, its confirmed sleep counts. Raises `BackendError` if another one gives none.
+        """
+        others = [model for model in self.models if model not in (target, origin)]
+        asleep = {model for model in others if self._known.get(model) is BackendState.ASLEEP and self.is_sound(model)}
+        for model, exc in (await self.look_at(others)).items():
+            if model not in asleep:
+                raise exc
+            self._known[model] = BackendState.ASLEEP
+            logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
+        awake = [model for model in others if self.says_awake(model)]
+        doubtful = [model for model in others if model not in awake and self._unconfirmed[model] & _Steps.WAKE]
+        if self._unconfirmed[target] & _Steps.SLEEP:
+            doubtful.append(target)
+        return awake, doubtful
 
     async def sleep(self, model: str, level: int) -> None:
         """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone."""
         self._known.pop(model, None)
+        before = self._unconfirmed[model]
+        self._unconfirmed[model] |= _Steps.SLEEP
         try:
             await self._backends[model].sleep(level)
         except BackendUnreachableError:
-            self._known[model] = BackendState.UNREACHABLE
+            self._learn(model, BackendState.UNREACHABLE)
         except BackendError as exc:
             # The call failed; what counts is the state it left the server in.
             with suppress(BackendError):
                 await self.look(model)
-            if self._known.get(model) in (None, BackendState.AWAKE):
+            if self.says_awake(model) and not isinstance(exc, BackendTimeoutError):
+                self._unconfirmed[model] = before  # it has refused, and goes on as it was
+            if model not in self._known or self.says_awake(model) or not self.is_sound(model):
                 raise
             logger.warning("the model %r is out of memory although its sleep call failed: %s", model, exc)
         else:
             self._known[model] = BackendState.ASLEEP
+            self._unconfirmed[model] = _Steps.NONE
 
     async def wake(self, model: str) -> None:
-        """Wake `model`, unless it is awake already. Nothing is known of it until `ready` has returned."""
-        if self._known.pop(model, None) is BackendState.AWAKE and await self._backends[model].state() is BackendState.AWAKE:
+        """Wake `model`, unless it is awake already. It counts as half-woken until `ready` has returned."""
+        if self.says_awake(model) and self.is_sound(model) and await self.look(model) is BackendState.AWAKE:
             return
+        self._known.pop(model, None)
+        self._unconfirmed[model] |= _Steps.WAKE
         await self._backends[model].wake()
 
     async def ready(self, model: str) -> None:
         """Return as soon as the woken `model` takes requests."""
         await self._backends[model].ready()
         self._known[model] = BackendState.AWAKE
+        self._unconfirmed[model] = _Steps.NONE
 
     async def aclose(self) -> None:
         """Close the backends' connections."""
         for backend in self._backends.values():
             await backend.aclose()
+
+    def _learn(self, model: str, state: BackendState) -> None:
+        self._known[model] = state
+        asleep = state is BackendState.ASLEEP and self._unconfirmed[model] is _Steps.SLEEP
+        if asleep or state is BackendState.UNREACHABLE:
+            self._unconfirmed[model] = _Steps.NONE  # nothing more can come of it

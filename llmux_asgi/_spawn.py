@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
 
-__all__ = ["spawn"]
+__all__ = ["only_own_cancellation", "spawn"]
 
 _running: set[asyncio.Task[None]] = set()
 """asyncio keeps only weak references to its tasks."""
 
 
 def spawn(function: Callable[[], Awaitable[None]], name: str) -> None:
-    """Run `function()` in a task of its own. It must not raise.
+    """Run `function()` in a task of its own, with no context variables of the caller's. It must not raise.
 
     A switch is not run by the request that began it, because anyio's shields do not stop asyncio's own cancellation
     (`asyncio.timeout` in a host, a server that cancels handlers): a step on the wire has to run to its end all the same.
@@ -22,7 +24,7 @@ def spawn(function: Callable[[], Awaitable[None]], name: str) -> None:
     except RuntimeError:
         on_asyncio = False
     if on_asyncio:
-        task = asyncio.get_running_loop().create_task(_run(function), name=name)
+        task = asyncio.get_running_loop().create_task(_run(function), name=name, context=Context())
         _running.add(task)
         task.add_done_callback(_running.discard)
     else:
@@ -33,3 +35,18 @@ def spawn(function: Callable[[], Awaitable[None]], name: str) -> None:
 
 async def _run(function: Callable[[], Awaitable[None]]) -> None:
     await function()
+
+
+@contextmanager
+def only_own_cancellation() -> Iterator[None]:
+    """Turn a CancelledError that was not meant for this task into a `RuntimeError`.
+
+    On asyncio, who awaits a future that somebody else cancels gets the same exception as one who is cancelled itself.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as exc:  # trio has another one
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("somebody cancelled what it was waiting for") from exc

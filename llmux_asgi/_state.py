@@ -10,6 +10,9 @@
 
 Requests are admitted while their model is active; during COOLDOWN the outgoing model goes on admitting, from DRAIN on the
 gate is closed. `commit` is the point of no return: it is refused when nobody waits for the target any more.
+
+A doubt (`distrust`) that comes up while the servers are asked, or before the point of no return, closes the gate too and
+leads back to UNKNOWN: what was verified before it does not count. `wake` and `complete` are verified after it.
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ class SwitcherState:
         self.target: str | None = None
         self.phase: Phase | None = None
         self.active_since = 0.0
+        self._doubted = False
         self._in_flight = dict.fromkeys(models, 0)
         # Tickets in order of arrival; a dict, so that one in the middle leaves in O(1).
         self._queues: dict[str, dict[Ticket, None]] = {model: {} for model in self._in_flight}
@@ -110,7 +114,8 @@ class SwitcherState:
 
     def admits(self, model: str) -> bool:
         """Say whether a request for `model` may go to its server now."""
-        return self.active == model and (self.mode is Mode.ACTIVE or self.phase is Phase.COOLDOWN)
+        serving = self.mode is Mode.ACTIVE or (self.phase is Phase.COOLDOWN and not self._doubted)
+        return serving and self.active == model
 
     def try_admit(self, model: str) -> bool:
         """Count a request in, if its model admits."""
@@ -162,19 +167,25 @@ class SwitcherState:
 
     # Transitions
 
-    def adopt(self, model: str | None, now: float) -> list[Ticket]:
+    def inquire(self) -> None:
+        """Begin to ask the servers: doubts that come up from now on count."""
+        _require(self.mode is Mode.UNKNOWN)
+        self._doubted = False
+
+    def adopt(self, model: str | None) -> list[Ticket]:
         """Take over what the servers say: `model` (or none) is awake. Returns the tickets that this grants."""
         _require(self.mode is Mode.UNKNOWN)
         if model != self.active:
             # How long it has been awake is not known: no cooldown is owed for it.
             self.active, self.active_since = model, float("-inf")
-        self.mode = Mode.IDLE if model is None else Mode.ACTIVE
-        return [] if model is None else self._grant(model)
+        return self._settle()
 
     def distrust(self) -> None:
         """Forget what was verified: the servers must be asked again before the next request is admitted."""
-        _require(self.mode is not Mode.SWITCHING)
-        self.mode = Mode.UNKNOWN
+        if self.mode in (Mode.IDLE, Mode.ACTIVE):
+            self.mode = Mode.UNKNOWN
+        else:
+            self._doubted = True
 
     def begin(self, target: str) -> None:
         """Start a switch. The active model goes on admitting."""
@@ -197,6 +208,7 @@ class SwitcherState:
         """Every other model is confirmed out of memory; the target's wake may be sent."""
         self._step(Phase.SLEEP, Phase.WAKE)
         self.active = None
+        self._doubted = False
 
     def ready(self) -> None:
         """The target's server says that it is awake."""
@@ -206,6 +218,7 @@ class SwitcherState:
         """The target serves. Grants everyone who waits for it, in the same step; returns their tickets."""
         _require(self.phase is Phase.READY and self.target is not None)
         self.active, self.active_since = self.target, now
+        self._doubted = False
         self._switches += 1
         return self._settle()
 
@@ -259,6 +272,9 @@ class SwitcherState:
 
     def _settle(self) -> list[Ticket]:
         self.target = self.phase = None
+        if self._doubted:
+            self.mode = Mode.UNKNOWN
+            return []
         self.mode = Mode.IDLE if self.active is None else Mode.ACTIVE
         return [] if self.active is None else self._grant(self.active)
 

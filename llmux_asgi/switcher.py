@@ -21,7 +21,7 @@ from ._backoff import Backoff
 from ._decision import Decider
 from ._lease import Activation, Lease, Waiter
 from ._servers import Servers
-from ._spawn import spawn
+from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
 from .backends import Backend, VLLMBackend
 from .config import Config, PolicyConfig
@@ -30,12 +30,13 @@ from .policy import FifoPolicy, SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskGroup
     from opentelemetry.trace import SpanContext
 
 __all__ = ["Lease", "ModelSwitcher"]
 
 logger = logging.getLogger(__name__)
+
+_CLOSING = "the gateway is shutting down"
 
 
 class ModelSwitcher:
@@ -71,6 +72,7 @@ class ModelSwitcher:
         self._activation = Activation()
         self._lock: anyio.Lock | None = None
         self._driving = False
+        self._closing = False
         self._stopped = anyio.Event()
         self._changed = anyio.Event()
         self._drained = anyio.Event()
@@ -124,10 +126,11 @@ class ModelSwitcher:
             lease.release()
 
     def try_acquire(self, model: str) -> Lease | None:
-        """Return a lease if `model` is active now, else `None`. Takes no lock and does not wait."""
-        if not self._state.try_admit(model):
+        """Return a lease if `model` (a name or an alias) is active now, else `None`. Takes no lock and does not wait."""
+        name = self.resolve(model)
+        if name is None or self._closing or not self._state.try_admit(name):
             return None
-        return Lease(self, self._activation, model)
+        return Lease(self, self._activation, name)
 
     async def acquire(self, model: str, *, timeout: float | None = None) -> Lease:
         """Wait for a lease on `model` (a name or an alias); the caller has to release it.
@@ -140,6 +143,8 @@ class ModelSwitcher:
             raise UnknownModelError(model)
         if lease := self.try_acquire(name):
             return lease
+        if self._closing:
+            raise SwitchError(name, _CLOSING)
         self._refuse_while_backing_off(name)
         if timeout is None:
             timeout = self._request_timeouts.get(name, self._policy.request_timeout)
@@ -167,26 +172,45 @@ class ModelSwitcher:
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
-        if self._state.mode in (Mode.IDLE, Mode.ACTIVE):  # else they are being asked, or a switch asks them anyway
-            self._state.distrust()
-            self._servers.forget()
+        self._state.distrust()
+        self._changed.set()
 
     async def reconcile(self) -> None:
-        """Ask every server for its state and adopt it. The first request does this by itself."""
-        async with self._exclusively():
-            self.distrust()
-            await self._reconcile()
+        """Ask every server for its state and adopt it. The first request does this by itself.
+
+        A caller that is cancelled leaves; the steps that this takes run to their end.
+        """
+        done = anyio.Event()
+
+        async def run() -> None:
+            try:
+                async with self._exclusively():
+                    self.distrust()
+                    await self._reconcile()
+            except Exception as exc:
+                logger.exception("reconciling met an unexpected error")
+                self._refuse_all(f"unexpected error: {exc!r}")
+            finally:
+                done.set()
+
+        spawn(run, "llmux_asgi reconcile")
+        await done.wait()
 
     async def aclose(self) -> None:
-        """Refuse the waiting requests, let a step that is on the wire end, and close the backends' connections.
+        """Refuse the waiting requests and new ones, let a step that is on the wire end, and close the backends' connections.
 
         The switcher may be used again afterwards: it then starts by asking the servers for their state.
         """
-        self._refuse_all("the gateway is shutting down")
-        if self._driving:
-            await self._stopped.wait()
-        self.distrust()
-        await self._servers.aclose()
+        self._closing = True
+        try:
+            self._refuse_all(_CLOSING)
+            if self._driving:
+                await self._stopped.wait()
+            async with self._exclusively():
+                self._state.distrust()
+                await self._servers.aclose()
+        finally:
+            self._closing = False
         self._lock = None  # one that was used on an event loop does not work on another
 
     def _release(self, model: str) -> None:
@@ -244,28 +268,27 @@ class ModelSwitcher:
 
     async def _drive(self) -> None:
         try:
-            while self._state.waiting_models():
-                async with anyio.create_task_group() as deferrals:
-                    await self._serve_queues(deferrals)
-                    self._decider.drop_all()
+            with only_own_cancellation():
+                await self._serve_queues()
         except Exception as exc:
             logger.exception("the switcher met an unexpected error")
             self._refuse_all(f"unexpected error: {exc!r}")
         finally:
             self._driving = False
+            self._decider.drop_all()
             if self._state.mode is Mode.SWITCHING:
                 self._grant(self._state.fail())
             # Somebody still waits only if the event loop is being closed around this task.
-            self._refuse_all("the gateway is shutting down")
+            self._refuse_all(_CLOSING)
             self._stopped.set()
 
-    async def _serve_queues(self, deferrals: TaskGroup) -> None:
+    async def _serve_queues(self) -> None:
         while self._state.waiting_models():
             self._changed = anyio.Event()
             if self._state.mode is Mode.UNKNOWN:
                 async with self._exclusively():
                     await self._reconcile()
-            elif (target := self._decider.choose(deferrals)) is not None:
+            elif (target := self._decider.choose()) is not None:
                 async with self._exclusively():
                     await self._switch(target)
             else:
@@ -279,21 +302,38 @@ class ModelSwitcher:
 
     async def _reconcile(self) -> None:
         """Adopt what the servers say. Where several are awake, keep the one in use or most wanted and put the rest to sleep."""
-        awake = await self._servers.look_at_all()
-        wanted = [model for model in (self._state.active, *self._state.waiting_models()) if model in awake]
-        keep = next(iter(wanted or awake), None)
+        if self._state.mode is not Mode.UNKNOWN:
+            return  # somebody else has done it while the lock was awaited
+        self._state.inquire()
+        previous = self._state.active
+        unclear = await self._servers.look_at(self.models)
+        for model, why in unclear.items():
+            logger.warning("the state of the model %r is unknown: %s", model, why)
+        if previous in unclear:
+            # It may be serving. Nothing is done about it, and nobody is served, before it is known.
+            self._refuse_all(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
+            return
+        awake = [model for model in self.models if self._servers.says_awake(model)]
+        sound = [model for model in awake if self._servers.is_sound(model)]
+        keep = next((model for model in (previous, *self._state.waiting_models(), *sound) if model in sound), None)
         try:
             for model in awake:
                 if model != keep:
-                    logger.warning("the models %s are awake at once: putting %r to sleep", awake, model)
+                    logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
                     await self._servers.sleep(model, self._sleep_level(model))
         except BackendError as exc:
-            logger.error("several models are awake and %s", exc)
-            self._refuse_all(f"several models are awake and one could not be put to sleep: {exc}")
+            reason = f"the model {model!r} must not be awake and could not be put to sleep: {exc}"
+            logger.error("%s", reason)
+            self._refuse_all(reason)
             return
-        if keep != self._state.active or self._activation.interrupted:
+        if keep != previous:
+            self._activation.end()  # whatever is left of it: its model is confirmed out of memory
             self._activation = Activation()
-        self._grant(self._state.adopt(keep, self._clock()))
+        elif self._activation.interrupted:
+            self._activation = Activation(self._activation)
+        if keep is not None:
+            self._backoff.succeeded(keep)
+        self._grant(self._state.adopt(keep))
 
     def _exclusively(self) -> anyio.Lock:
         """The lock that guards every change of who is awake."""
@@ -323,7 +363,8 @@ class ModelSwitcher:
         begun = self._clock()
         with self.telemetry.switch(waiters[0].context, [waiter.span for waiter in waiters], attributes) as span:
             try:
-                switched = await self._prepare(origin, to) and await self._execute(origin, to)
+                with only_own_cancellation():
+                    switched = await self._prepare(origin, to) and await self._execute(origin, to)
             except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
                 outcome = "failed"
                 failed(span, exc)
@@ -368,21 +409,22 @@ class ModelSwitcher:
         context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait)
         with self.telemetry.phase("drain", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
             try:
-                await self._policy.prepare_switch(context)
+                with only_own_cancellation():
+                    await self._policy.prepare_switch(context)
             except Exception as exc:
                 raise self._blame_policy(to, f"prepare_switch raised {exc!r}", exc) from exc
 
     async def _execute(self, origin: str | None, to: str) -> bool:
         """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due."""
-        others = [model for model in self.models if model not in (origin, to)]
-        for model in [*others, origin]:
-            # The outgoing model comes last: if another one turns out to be stuck, it has not been disturbed.
-            if model is not None and (model == origin or await self._servers.needs_sleep(model)):
-                level = self._sleep_level(model)
-                if model == origin and self._state.in_flight(model):
-                    self._activation.interrupted = True
-                with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
-                    await self._servers.sleep(model, level)
+        awake, doubtful = await self._servers.in_memory(to, origin)
+        # The outgoing model comes after the others: if one of those turns out to be stuck, it has not been disturbed. The
+        # doubtful come last: a half-woken one may have to be woken whole before it can sleep, and that takes memory.
+        for model in (*awake, *([origin] if origin is not None else []), *doubtful):
+            level = self._sleep_level(model)
+            if model == origin and self._state.in_flight(model):
+                self._activation.interrupted = True
+            with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
+                await self._servers.sleep(model, level)
         if self._activation.interrupted:
             self._activation.end()
         self._state.wake()

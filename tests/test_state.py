@@ -11,7 +11,7 @@ from llmux_asgi._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
 
 def active(model: str = "a") -> SwitcherState:
     state = SwitcherState(("a", "b", "c"))
-    state.adopt(model, 0.0)
+    state.adopt(model)
     return state
 
 
@@ -42,7 +42,7 @@ def test_nothing_is_admitted_before_the_servers_were_asked() -> None:
 def test_adopting_a_model_grants_those_who_wait_for_it_in_the_same_step() -> None:
     state = SwitcherState(("a", "b"))
     mine, other = queued(state, "a"), queued(state, "b")
-    assert state.adopt("a", 5.0) == [mine]
+    assert state.adopt("a") == [mine]
     assert (mine.status, other.status) == (TicketStatus.GRANTED, TicketStatus.WAITING)
     assert (state.in_flight("a"), state.depth("a"), state.depth("b")) == (1, 0, 1)
 
@@ -60,7 +60,7 @@ def test_a_model_found_awake_owes_no_cooldown_and_one_confirmed_awake_keeps_its_
     assert state.active_since == 7.0
     state.distrust()
     assert state.mode is Mode.UNKNOWN
-    state.adopt("b", 9.0)
+    state.adopt("b")
     assert state.active_since == 7.0
 
 
@@ -175,18 +175,13 @@ def test_refused_and_left_requests_count_nowhere() -> None:
         lambda s: s.complete(0.0),
         lambda s: s.abandon(),
         lambda s: s.fail(),
-        lambda s: s.adopt("a", 0.0),
+        lambda s: s.adopt("a"),
         lambda s: s.enqueue(Ticket("a", 0.0)),
     ],
 )
 def test_transitions_out_of_turn_are_refused(step: Callable[[SwitcherState], object]) -> None:
     with pytest.raises(RuntimeError, match="illegal transition"):
         step(active())
-
-
-def test_a_switch_cannot_be_distrusted() -> None:
-    with pytest.raises(RuntimeError):
-        switching(Phase.SLEEP).distrust()
 
 
 def test_a_snapshot_does_not_change_any_more() -> None:
@@ -211,3 +206,46 @@ def test_a_snapshot_does_not_change_any_more() -> None:
 )
 def test_the_state_can_be_put_into_words(state: SwitcherState, words: str) -> None:
     assert words in state.describe()
+
+
+# Doubts
+
+
+@pytest.mark.parametrize("phase", [Phase.COOLDOWN, Phase.DRAIN])
+def test_a_doubt_before_the_point_of_no_return_closes_the_gate_and_leads_back_to_asking(phase: Phase) -> None:
+    for end in (SwitcherState.abandon, SwitcherState.fail):
+        state = switching(phase)
+        state.distrust()
+        assert not state.try_admit("a")
+        waiting = queued(state, "a")
+        assert end(state) == []
+        assert (state.mode, waiting.status) == (Mode.UNKNOWN, TicketStatus.WAITING)
+        state.inquire()
+        assert state.adopt("a") == [waiting]
+
+
+def test_a_doubt_does_not_stop_a_switch_and_is_settled_by_what_the_switch_verifies() -> None:
+    state = switching(Phase.DRAIN)
+    state.distrust()
+    assert state.commit()
+    state.wake()
+    state.ready()
+    assert len(state.complete(1.0)) == 1
+    assert state.mode is Mode.ACTIVE
+    state = switching(Phase.SLEEP)
+    state.distrust()
+    state.wake()
+    state.abandon()
+    assert state.mode is Mode.IDLE
+
+
+def test_a_doubt_that_comes_up_while_the_servers_are_asked_has_them_asked_again() -> None:
+    state = SwitcherState(("a",))
+    waiting = queued(state, "a")
+    state.distrust()  # before the question: it will be answered by it
+    state.inquire()
+    state.distrust()
+    assert state.adopt("a") == []
+    assert state.mode is Mode.UNKNOWN
+    state.inquire()
+    assert state.adopt("a") == [waiting]

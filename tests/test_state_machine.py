@@ -22,6 +22,8 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.awake: str | None = None
         self.holding: dict[str, int] = dict.fromkeys(MODELS, 0)
         self.queue: list[Ticket] = []
+        self.doubted = False
+        """Whether something is doubted that has not been verified since."""
 
     def settle(self, granted: list[Ticket]) -> None:
         """Take the granted tickets over into the books."""
@@ -62,14 +64,18 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.settle([])
 
     @precondition(lambda self: self.state.mode is Mode.UNKNOWN)
-    @rule()
-    def adopt(self) -> None:
-        self.settle(self.state.adopt(self.awake, self.now))
+    @rule(doubt=st.booleans())
+    def reconcile(self, doubt: bool) -> None:
+        self.state.inquire()
+        self.doubted = False
+        if doubt:
+            self.distrust()
+        self.settle(self.state.adopt(self.awake))
 
-    @precondition(lambda self: self.state.mode in (Mode.IDLE, Mode.ACTIVE))
     @rule()
     def distrust(self) -> None:
         self.state.distrust()
+        self.doubted = True
 
     @precondition(lambda self: self.state.mode in (Mode.IDLE, Mode.ACTIVE) and self.state.waiting_models())
     @rule()
@@ -97,6 +103,7 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         assert not any(self.holding.values()), "put to sleep while leases were held"
         self.awake = None
         self.state.wake()
+        self.doubted = False
 
     @precondition(lambda self: self.state.phase is Phase.WAKE)
     @rule()
@@ -108,6 +115,7 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state.phase is Phase.READY)
     @rule()
     def complete(self) -> None:
+        self.doubted = False
         self.settle(self.state.complete(self.now))
 
     @precondition(lambda self: self.state.phase in (Phase.COOLDOWN, Phase.DRAIN, Phase.WAKE))
@@ -133,6 +141,10 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @invariant()
     def only_the_awake_model_admits(self) -> None:
         assert all(model == self.awake for model in MODELS if self.state.admits(model))
+
+    @invariant()
+    def nothing_doubted_admits(self) -> None:
+        assert not (self.doubted and any(self.state.admits(model) for model in MODELS))
 
     @invariant()
     def a_phase_belongs_to_a_switch(self) -> None:

@@ -24,21 +24,9 @@ from llmux_asgi import (
     UnknownModelError,
 )
 from tests.support.fakes import FakeBackend
-from tests.support.pool import Pool, Request, running
+from tests.support.pool import Pool, Request, running, until_phase, until_waiting
 
 pytestmark = pytest.mark.anyio
-
-
-async def until_phase(pool: Pool, phase: Phase) -> None:
-    """Let other tasks run until the switch is in `phase`."""
-    while pool.switcher.statistics().phase is not phase:
-        await anyio.lowlevel.checkpoint()
-
-
-async def until_waiting(pool: Pool, model: str, count: int) -> None:
-    """Let other tasks run until `count` requests wait for `model`."""
-    while pool.switcher.statistics().waiting[model] != count:
-        await anyio.lowlevel.checkpoint()
 
 
 async def test_the_first_request_wakes_its_model() -> None:

@@ -11,11 +11,9 @@ import pytest
 
 from llmux_asgi import (
     BackendError,
-    BackendState,
     BackendUnreachableError,
     Defer,
     FifoPolicy,
-    Mode,
     PolicyContext,
     PolicyDecision,
     PolicyError,
@@ -24,15 +22,9 @@ from llmux_asgi import (
     SwitchNow,
     SwitchPolicy,
 )
-from tests.support.pool import Pool, running
+from tests.support.pool import Pool, running, until_settled
 
 pytestmark = pytest.mark.anyio
-
-
-async def until_settled(pool: Pool) -> None:
-    """Let other tasks run until the servers have been asked how things stand."""
-    while pool.switcher.statistics().mode in (Mode.UNKNOWN, Mode.SWITCHING):
-        await anyio.lowlevel.checkpoint()
 
 
 async def test_an_unreachable_target_fails_its_waiters_and_leaves_the_active_model_alone() -> None:
@@ -202,104 +194,6 @@ async def test_an_exception_where_none_is_expected_fails_the_waiters_and_not_the
         assert isinstance(first.error, SwitchError)
         assert "unexpected error" in str(first.error)
         (await run.served("a")).finish.set()
-
-
-# What is found at the servers
-
-
-async def test_surplus_models_awake_at_the_start_are_put_to_sleep_and_the_wanted_one_stays() -> None:
-    pool = Pool(awake="abc")
-    async with running(pool) as run:
-        (await run.served("b")).finish.set()
-    assert pool.gpu.awake == {"b"}
-    assert not any(event.startswith("wake") for event in pool.gpu.events)
-
-
-async def test_surplus_that_cannot_be_put_to_sleep_is_an_error_and_nothing_is_served() -> None:
-    pool = Pool(awake="ab")
-    pool.backends["b"].fail("sleep", BackendError("will not"))
-    async with running(pool) as run:
-        first = run.send("a")
-        await first.done.wait()
-        assert isinstance(first.error, SwitchError)
-        assert "several models are awake" in str(first.error)
-        (await run.served("a")).finish.set()  # the next attempt works
-
-
-async def test_after_a_report_of_trouble_the_servers_are_asked_again() -> None:
-    pool = Pool(awake="a")
-    async with running(pool) as run:
-        (await run.served("a")).finish.set()
-        lease = await pool.switcher.acquire("a")
-        lease.distrust()
-        assert pool.switcher.statistics().mode is Mode.UNKNOWN
-        assert pool.switcher.try_acquire("a") is None
-        pool.gpu.awake.clear()  # as if somebody had put it to sleep by hand
-        lease.release()
-        (await run.served("a")).finish.set()
-    assert pool.gpu.events == ["wake a", "awake a"]
-
-
-async def test_a_report_of_trouble_that_proves_wrong_changes_nothing_for_who_is_being_served() -> None:
-    pool = Pool(awake="a")
-    async with running(pool) as run:
-        first = await run.served("a")
-        pool.switcher.distrust()
-        second = await run.served("a")
-        assert pool.switcher.statistics().in_flight["a"] == 2
-        first.finish.set()
-        second.finish.set()
-        await first.done.wait()
-        assert not first.interrupted
-
-
-async def test_a_report_of_trouble_during_a_switch_does_not_disturb_it() -> None:
-    pool = Pool()
-    async with running(pool) as run:
-        gate = pool.backends["a"].gate("wake")
-        first = run.send("a", finish=True)
-        await gate.entered.wait()
-        pool.switcher.distrust()
-        gate.open.set()
-        await first.done.wait()
-        assert first.error is None
-
-
-async def test_a_model_that_came_back_by_itself_is_put_to_sleep_before_another_wakes() -> None:
-    pool = Pool(awake="a")
-    pool.backends["c"].reachable = False
-    async with running(pool) as run:
-        (await run.served("a")).finish.set()
-        pool.backends["c"].reachable = True  # its supervisor restarted it, awake
-        pool.gpu.awake.add("c")
-        (await run.served("b")).finish.set()
-    assert pool.gpu.awake == {"b"}
-    assert pool.gpu.events.index("asleep c") < pool.gpu.events.index("wake b")
-
-
-async def test_a_target_that_is_awake_already_is_not_woken() -> None:
-    pool = Pool(awake="a")
-    pool.backends["b"].reachable = False
-    async with running(pool) as run:
-        (await run.served("a")).finish.set()
-        pool.backends["b"].reachable = True
-        pool.gpu.awake.add("b")
-        (await run.served("b")).finish.set()
-    assert pool.gpu.awake == {"b"}
-    assert "wake b" not in pool.gpu.events
-
-
-async def test_reconcile_adopts_what_changed_behind_the_gateways_back() -> None:
-    pool = Pool(awake="a")
-    await pool.switcher.reconcile()
-    assert pool.switcher.statistics().active_model == "a"
-    pool.gpu.awake = {"c"}
-    await pool.switcher.reconcile()
-    assert pool.switcher.statistics().active_model == "c"
-    pool.gpu.awake = set()
-    await pool.switcher.reconcile()
-    assert pool.switcher.statistics().mode is Mode.IDLE
-    assert await pool.backends["a"].state() is BackendState.ASLEEP
 
 
 # Policies that break their contract

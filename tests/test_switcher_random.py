@@ -12,7 +12,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from llmux_asgi import BackendError, FifoPolicy, LLMuxError, Mode
+from llmux_asgi import BackendError, BackendTimeoutError, FifoPolicy, LLMuxError, Mode
 from tests.support.fakes import Gate
 from tests.support.pool import Pool, Request
 
@@ -47,7 +47,8 @@ class Walk:
         backend = self.pool.backends[self.random.choice(models)]
         self.now += self.random.random() / 10
         match self.random.choices(
-            ["arrive", "finish", "leave", "hold", "open", "fail", "distrust", "time"], [30, 28, 6, 8, 16, 2, 1, 9]
+            ["arrive", "finish", "leave", "hold", "open", "fail", "give up", "doze off", "die", "return", "distrust", "time"],
+            [30, 28, 6, 8, 16, 2, 1, 1, 1, 3, 1, 9],
         )[0]:
             case "arrive" if len(self.requests) < 12:
                 request = Request()
@@ -63,6 +64,15 @@ class Walk:
                 self.gates.pop(0).open.set()
             case "fail" if not any(backend.faults.values()):
                 backend.fail(self.random.choice(["sleep", "wake", "ready", "state"]), BackendError("injected"))
+            case "give up" if not any(backend.faults.values()):
+                backend.fail(self.random.choice(["sleep", "wake", "ready"]), BackendTimeoutError("injected"))
+            case "doze off":
+                self.pool.gpu.doze_off()
+            case "die" if backend.reachable:
+                backend.die()
+                self.pool.switcher.distrust()
+            case "return" if not backend.reachable and self.pool.switcher.statistics().mode is not Mode.SWITCHING:
+                backend.come_back(awake=self.random.random() < 0.5)
             case "distrust":
                 self.pool.switcher.distrust()
             case "time":
@@ -72,7 +82,8 @@ class Walk:
         gpu, statistics = self.pool.gpu, self.pool.switcher.statistics()
         assert gpu.violations == []
         if statistics.mode is Mode.ACTIVE:
-            assert statistics.active_model in gpu.awake
+            active = self.pool.backends[statistics.active_model or ""]
+            assert active.name in gpu.awake or not active.reachable
             assert statistics.waiting[statistics.active_model or ""] == 0
 
     async def run(self) -> None:
@@ -83,6 +94,7 @@ class Walk:
                     await anyio.lowlevel.checkpoint()
                 self.check()
             for backend in self.pool.backends.values():
+                backend.come_back(awake=False)
                 backend.faults.clear()
                 for gates in backend.gates.values():
                     for gate in gates:

@@ -32,7 +32,11 @@ class Backend(Protocol):
         ...
 
     async def sleep(self, level: int) -> None:
-        """Put the model to sleep at `level` (1: weights to CPU memory, 2: discarded). Returns once that is confirmed."""
+        """Put the model to sleep at `level` (1: weights to CPU memory, 2: discarded). Returns once that is confirmed.
+
+        After a `wake` that failed, or that no `ready` has confirmed, it may be called for a server that takes itself for
+        asleep while a part of the model is in memory: that part has to be out of it too.
+        """
         ...
 
     async def wake(self) -> None:

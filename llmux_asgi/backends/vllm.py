@@ -54,6 +54,7 @@ class VLLMBackend:
         self._client: httpx.AsyncClient | None = None
         self._version: _Version | None = None
         self._level: int | None = None
+        self._half_woken = False
 
     def __str__(self) -> str:
         return self.url
@@ -65,11 +66,19 @@ class VLLMBackend:
                 self._version = await self._supported_version()
             return BackendState.ASLEEP if await self._is_sleeping() else BackendState.AWAKE
         except BackendUnreachableError:
-            self._version = self._level = None  # whatever comes back on this address is another process
+            # Whatever comes back on this address is another process.
+            self._version = self._level = None
+            self._half_woken = False
             return BackendState.UNREACHABLE
 
     async def sleep(self, level: int) -> None:
         """Send `/sleep` and confirm it. Requests still running are aborted by the server."""
+        if self._half_woken:
+            # vLLM takes such a server for a sleeper: its /sleep would answer 200 and free nothing. Awake as a whole, it frees
+            # everything. It stays without its weights if those had been discarded: the next wake has to reload them.
+            level = max(level, self._level or level)
+            with _limit(self._timeouts.wake, f"{self.url}: waking what an earlier wake has left half-woken"):
+                await self._post("/wake_up")
         with _limit(self._timeouts.sleep, f"{self.url}: putting the model to sleep"):
             # mode=wait would let a call that timed out here put the engine to sleep after a later wake.
             await self._post("/sleep", {"level": str(level), "mode": "abort"})
@@ -77,19 +86,19 @@ class VLLMBackend:
                 raise BackendUnsupportedError(
                     f"{self.url}: POST /sleep answered 200 but the server is still awake. Start vLLM with --enable-sleep-mode."
                 )
-        self._level = level
+        self._level, self._half_woken = level, False
 
     async def wake(self) -> None:
         """Wake the server: at once from level 1; from level 2 weights, reload, KV cache and prefix cache in turn."""
         with _limit(self._timeouts.wake, f"{self.url}: waking the model"):
             # Not put to sleep by this object: reload if there is any reason to. The metric alone is not enough, because a
             # second /sleep that has no effect changes it all the same (seen on 0.32).
-            level = self._level or max(await self._level_from_metrics() or 1, self._default_level)
-            if level < 2:
+            self._level = self._level or max(await self._level_from_metrics() or 1, self._default_level)
+            self._half_woken = True
+            if self._level < 2:
                 await self._post("/wake_up")
             else:
                 await self._wake_from_level_2()
-        self._level = None
 
     async def ready(self) -> None:
         """Poll `/is_sleeping` until it is false: normally the first answer."""
@@ -98,6 +107,7 @@ class VLLMBackend:
             while await self._is_sleeping():
                 await anyio.sleep(pause)
                 pause = min(2 * pause, _POLL_LONGEST)
+        self._level, self._half_woken = None, False
 
     async def aclose(self) -> None:
         """Close the HTTP client; the next call opens a new one."""
@@ -165,15 +175,16 @@ class VLLMBackend:
             # No connection is kept: switches are rarer than a server's keep-alive timeout, and a stale one would fail the
             # switch. trust_env is off so that a proxy of the environment never sees control calls.
             self._client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-        limits = httpx.Timeout(timeout, connect=self._timeouts.connect)
+        limits = httpx.Timeout(None, connect=self._timeouts.connect)
         call = f"{method} {path}"
         try:
-            response = await self._client.request(method, self.url + path, params=params or None, json=json, timeout=limits)
+            with anyio.fail_after(timeout):
+                response = await self._client.request(method, self.url + path, params=params or None, json=json, timeout=limits)
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             if isinstance(exc, httpx.ConnectTimeout) or not _refused(exc):
                 raise BackendTimeoutError(f"{self.url}: no connection for {call}: {exc or 'timed out'}") from exc
             raise BackendUnreachableError(f"{self.url}: nothing listens there ({call}). Is the server running?") from exc
-        except httpx.TimeoutException as exc:
+        except TimeoutError as exc:
             raise BackendTimeoutError(f"{self.url}: {call} was not answered in {timeout:.3g} s") from exc
         except (httpx.HTTPError, httpx.InvalidURL) as exc:
             raise BackendError(f"{self.url}: {call} failed: {exc or type(exc).__name__}") from exc

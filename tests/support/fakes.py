@@ -6,7 +6,7 @@ from collections import deque
 
 import anyio
 
-from llmux_asgi import BackendState
+from llmux_asgi import BackendState, BackendTimeoutError, BackendUnreachableError
 
 
 class Gate:
@@ -26,14 +26,23 @@ class GPU:
 
     def __init__(self) -> None:
         self.awake: set[str] = set()
+        self.half_woken: set[str] = set()
+        """Servers that a failed wake has left with a part of their memory: they say that they sleep."""
+        self.dozing: set[str] = set()
+        """Servers that are awake and have a sleep call before them whose answer nobody waits for any more."""
         self.events: list[str] = []
         self.violations: list[str] = []
 
     def wake(self, name: str) -> None:
         """Note that a wake was sent, which must not be while another model holds memory."""
         self.events.append(f"wake {name}")
-        if others := self.awake - {name}:
-            self.violations.append(f"{name} is woken while {sorted(others)} are awake")
+        if others := (self.awake | self.half_woken) - {name}:
+            self.violations.append(f"{name} is woken while {sorted(others)} hold memory")
+
+    def doze_off(self) -> None:
+        """Have every sleep call that was given up take effect."""
+        self.awake -= self.dozing
+        self.dozing.clear()
 
 
 class FakeBackend:
@@ -62,11 +71,29 @@ class FakeBackend:
     def fail(self, step: str, exc: Exception) -> None:
         self.faults.setdefault(step, deque()).append(exc)
 
+    def die(self) -> None:
+        """Have the process end, and its memory with it."""
+        self.reachable = False
+        self._release_memory()
+
+    def come_back(self, *, awake: bool) -> None:
+        """Have the process be started again, if it has died."""
+        if not self.reachable:
+            self.reachable = True
+            if awake:
+                self.gpu.awake.add(self.name)
+
+    def _release_memory(self) -> None:
+        for holders in (self.gpu.awake, self.gpu.half_woken, self.gpu.dozing):
+            holders.discard(self.name)
+
     async def _step(self, step: str) -> None:
         if gates := self.gates.get(step):
             await gates.popleft().pass_through()
         if faults := self.faults.get(step):
             raise faults.popleft()
+        if not self.reachable and step != "state":
+            raise BackendUnreachableError(f"fake://{self.name}: nothing listens there")
 
     async def state(self) -> BackendState:
         await self._step("state")
@@ -76,14 +103,21 @@ class FakeBackend:
 
     async def sleep(self, level: int) -> None:
         self.gpu.events.append(f"sleep {self.name}")
-        await self._step("sleep")
+        try:
+            await self._step("sleep")
+        except BackendTimeoutError:
+            self.gpu.dozing.add(self.name)
+            raise
         self.levels.append(level)
-        self.gpu.awake.discard(self.name)
+        self._release_memory()
         self.gpu.events.append(f"asleep {self.name}")
 
     async def wake(self) -> None:
         self.gpu.wake(self.name)
+        if self.reachable:
+            self.gpu.half_woken.add(self.name)
         await self._step("wake")
+        self.gpu.half_woken.discard(self.name)
         self.gpu.awake.add(self.name)
         self.gpu.events.append(f"awake {self.name}")
 
@@ -95,5 +129,7 @@ class FakeBackend:
 
     def forward(self) -> None:
         """Stand for a request that reaches the server."""
-        if self.name not in self.gpu.awake:
+        if self.name not in self.gpu.awake and self.reachable:
             self.gpu.violations.append(f"a request reached {self.name}, which sleeps")
+        if self.name in self.gpu.dozing:
+            self.gpu.violations.append(f"a request reached {self.name}, which is about to fall asleep")

@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.lowlevel
 
-from llmux_asgi import FifoPolicy, LLMuxError, ModelSwitcher, SwitchPolicy
+from llmux_asgi import FifoPolicy, LLMuxError, Mode, ModelSwitcher, Phase, SwitchPolicy
 from tests.support.fakes import GPU, FakeBackend
 
 LIMIT = 5.0
@@ -90,3 +91,21 @@ class Runner:
         request = self.send(model)
         await request.granted.wait()
         return request
+
+
+async def until_phase(pool: Pool, phase: Phase) -> None:
+    """Let other tasks run until the switch is in `phase`."""
+    while pool.switcher.statistics().phase is not phase:
+        await anyio.lowlevel.checkpoint()
+
+
+async def until_waiting(pool: Pool, model: str, count: int) -> None:
+    """Let other tasks run until `count` requests wait for `model`."""
+    while pool.switcher.statistics().waiting[model] != count:
+        await anyio.lowlevel.checkpoint()
+
+
+async def until_settled(pool: Pool) -> None:
+    """Let other tasks run until the servers have been asked how things stand."""
+    while pool.switcher.statistics().mode in (Mode.UNKNOWN, Mode.SWITCHING):
+        await anyio.lowlevel.checkpoint()
