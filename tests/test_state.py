@@ -249,3 +249,16 @@ def test_a_doubt_that_comes_up_while_the_servers_are_asked_has_them_asked_again(
     assert state.mode is Mode.UNKNOWN
     state.inquire()
     assert state.adopt("a") == [waiting]
+
+
+def test_a_model_that_is_still_awake_after_a_failed_switch_keeps_its_time() -> None:
+    state = switching(Phase.READY)
+    state.complete(7.0)
+    queued(state, "a")
+    state.begin("a")
+    state.drain()
+    state.commit()
+    state.fail()
+    state.inquire()
+    state.adopt("b")
+    assert state.active_since == 7.0

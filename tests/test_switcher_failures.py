@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
-import anyio
-import anyio.lowlevel
 import pytest
 
 from llmux_asgi import (
     BackendError,
     BackendUnreachableError,
-    Defer,
-    FifoPolicy,
-    PolicyContext,
-    PolicyDecision,
-    PolicyError,
-    SwitchContext,
     SwitchError,
-    SwitchNow,
-    SwitchPolicy,
 )
 from tests.support.pool import Pool, running, until_settled
 
@@ -194,92 +183,3 @@ async def test_an_exception_where_none_is_expected_fails_the_waiters_and_not_the
         assert isinstance(first.error, SwitchError)
         assert "unexpected error" in str(first.error)
         (await run.served("a")).finish.set()
-
-
-# Policies that break their contract
-
-
-class Broken(SwitchPolicy):
-    """Answers what the test gives it."""
-
-    min_active_duration = 0.0
-
-    def __init__(self, answer: Callable[[], object]) -> None:
-        self.answer = answer
-
-    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
-        return self.answer()  # type: ignore[return-value]
-
-
-def raising() -> object:
-    raise ZeroDivisionError("oops")
-
-
-async def failing_awaitable() -> None:
-    raise ZeroDivisionError("oops")
-
-
-async def as_a_coroutine() -> SwitchNow:
-    return SwitchNow()
-
-
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (raising, r"on_pending_request raised ZeroDivisionError\('oops'\)"),
-        (lambda: None, "returned NoneType"),
-        (as_a_coroutine, "returned coroutine; it must be a plain function"),
-        (lambda: Defer(failing_awaitable()), "the awaitable of its Defer raised ZeroDivisionError"),
-    ],
-)
-async def test_a_policy_that_breaks_its_contract_fails_the_waiters_with_the_reason(
-    answer: Callable[[], object], words: str
-) -> None:
-    policy = Broken(answer)
-    pool = Pool(policy)
-    async with running(pool) as run:
-        first = run.send("a")
-        await first.done.wait()
-        assert isinstance(first.error, PolicyError)
-        with pytest.raises(PolicyError, match=words):
-            raise first.error
-        policy.answer = SwitchNow
-        (await run.served("a")).finish.set()
-
-
-async def test_a_prepare_switch_that_raises_fails_the_waiters_and_the_active_model_goes_on() -> None:
-    class Raising(FifoPolicy):
-        async def prepare_switch(self, context: SwitchContext) -> None:
-            raise ZeroDivisionError("oops")
-
-    pool = Pool(Raising(min_active_duration=0), awake="a")
-    async with running(pool) as run:
-        (await run.served("a")).finish.set()
-        second = run.send("b")
-        await second.done.wait()
-        assert isinstance(second.error, PolicyError)
-        assert "prepare_switch raised ZeroDivisionError" in str(second.error)
-        (await run.served("a")).finish.set()
-    assert pool.gpu.events == []
-
-
-async def test_a_defer_whose_waiters_leave_before_it_starts_leaves_nothing_behind() -> None:
-    """The coroutine is closed: Python would warn of one that was never awaited, and warnings are errors here."""
-
-    async def never() -> None:
-        raise AssertionError("must not run")
-
-    asked = anyio.Event()
-
-    def answer() -> object:
-        asked.set()
-        for request in requests:
-            request.scope.cancel()
-        return Defer(never())
-
-    pool = Pool(Broken(answer))
-    async with running(pool) as run:
-        requests = [run.send("a")]
-        await asked.wait()
-        for request in requests:
-            await request.done.wait()

@@ -29,6 +29,21 @@ async def test_surplus_models_awake_at_the_start_are_put_to_sleep_and_the_wanted
     assert not any(event.startswith("wake") for event in pool.gpu.events)
 
 
+async def test_surplus_sleeps_at_its_own_level_and_the_model_in_use_stays_whoever_waits() -> None:
+    pool = Pool(awake="a", sleep_levels={"b": 2})
+    async with running(pool) as run:
+        first = await run.served("a")
+        pool.gpu.awake.add("b")  # by hand
+        pool.switcher.distrust()
+        second = run.send("b")
+        await until_phase(pool, Phase.DRAIN)
+        assert pool.backends["b"].levels == [2]
+        assert not first.interrupted
+        first.finish.set()
+        await second.granted.wait()
+        second.finish.set()
+
+
 async def test_surplus_that_cannot_be_put_to_sleep_is_an_error_and_nothing_is_served() -> None:
     pool = Pool(awake="ab")
     pool.backends["b"].fail("sleep", BackendError("will not"))
@@ -37,6 +52,8 @@ async def test_surplus_that_cannot_be_put_to_sleep_is_an_error_and_nothing_is_se
         await first.done.wait()
         assert isinstance(first.error, SwitchError)
         assert "'b' must not be awake and could not be put to sleep: will not" in str(first.error)
+        assert pool.switcher.statistics().mode is Mode.UNKNOWN
+        assert pool.switcher.try_acquire("a") is None
         (await run.served("a")).finish.set()  # the next attempt works
 
 
@@ -123,6 +140,14 @@ async def test_a_sleeper_that_was_restarted_awake_is_put_to_sleep_before_another
         pool.gpu.awake.add("c")  # known to sleep; its supervisor has restarted it since
         (await run.served("b")).finish.set()
     assert pool.gpu.awake == {"b"}
+
+
+async def test_a_server_that_is_gone_is_not_put_to_sleep() -> None:
+    pool = Pool(awake="a")
+    pool.backends["c"].reachable = False
+    async with running(pool) as run:
+        (await run.served("b")).finish.set()
+    assert "sleep c" not in pool.gpu.events
 
 
 async def test_a_sleeper_that_gives_no_clear_answer_any_more_is_taken_at_its_confirmed_word(
@@ -289,7 +314,7 @@ async def test_a_doubt_while_the_servers_are_asked_has_them_asked_again() -> Non
     assert pool.gpu.events == ["wake a", "awake a"]
 
 
-async def test_a_doubt_wakes_a_driver_that_waits_for_the_policy() -> None:
+async def test_a_doubt_during_a_drain_does_not_stop_the_switch() -> None:
     pool = Pool(FifoPolicy(min_active_duration=0), awake="a")
     async with running(pool) as run:
         first = await run.served("a")
