@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 
+import anyio
 import httpx
 import pytest
 from pytest_httpx import HTTPXMock
@@ -66,6 +69,79 @@ async def test_waking_from_level_2_reloads_the_weights(sim: SimProcess) -> None:
     await backend.aclose()
 
 
+async def test_a_level_counts_for_one_sleep_only(sim: SimProcess) -> None:
+    backend = VLLMBackend(sim.url)
+    for level in (2, 1):
+        await backend.sleep(level)
+        await backend.wake()
+        await backend.ready()
+    reloads = sim.state().reloads
+    async with httpx.AsyncClient() as by_hand:
+        await by_hand.post(sim.url + "/sleep?level=2")
+    await backend.wake()
+    assert sim.state().weights_valid
+    assert sim.state().reloads == reloads + 1
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_half_woken_server_is_woken_whole_before_it_is_put_to_sleep(sim: SimProcess, level: int) -> None:
+    """vLLM takes it for a sleeper: its /sleep alone would free nothing."""
+    backend = VLLMBackend(sim.url)
+    await backend.sleep(level)
+    sim.add_faults("wake:1:oom" if level == 1 else "reload:1:fail")
+    with pytest.raises(BackendError):
+        await backend.wake()
+    assert await backend.state() is BackendState.ASLEEP
+    wakes = sim.state().wakes
+    await backend.sleep(1)
+    state = sim.state()
+    assert (state.wakes, sorted(state.asleep_tags)) == (wakes + 1, ["kv_cache", "weights"])
+    assert state.level == level  # weights that were not reloaded are not kept, and not forgotten either
+    await backend.wake()
+    await backend.ready()
+    assert sim.state().awake
+    assert sim.state().weights_valid
+    await backend.aclose()
+
+
+async def test_a_probe_is_limited_as_a_whole() -> None:
+    """A server that sends its answer byte by byte is never silent for long."""
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 400\r\n\r\n" + b" " * 400
+    stop = threading.Event()
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for byte in answer:
+                if stop.wait(0.02):
+                    return
+                with contextlib.suppress(OSError):
+                    connection.sendall(bytes([byte]))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        backend = VLLMBackend(f"http://127.0.0.1:{listener.getsockname()[1]}", timeouts=TimeoutsConfig(probe=0.1))
+        with anyio.fail_after(5), pytest.raises(BackendTimeoutError, match=r"not answered in 0\.1 s"):
+            await backend.state()
+        stop.set()
+        thread.join()
+        await backend.aclose()
+
+
+async def test_what_comes_back_on_an_address_is_another_process_and_its_level_is_asked() -> None:
+    port = free_port()
+    backend = VLLMBackend(f"http://127.0.0.1:{port}")
+    with start_sim("m", port=port):
+        await backend.sleep(1)
+    assert await backend.state() is BackendState.UNREACHABLE
+    with start_sim("m", port=port, start_asleep=2) as second:
+        await backend.wake()
+        assert second.state().weights_valid
+    await backend.aclose()
+
+
 async def test_a_sleeper_that_somebody_else_put_to_level_2_is_reloaded_too(sim: SimProcess) -> None:
     other, backend = VLLMBackend(sim.url), VLLMBackend(sim.url)
     await other.sleep(2)
@@ -105,17 +181,26 @@ async def test_no_metrics_mean_the_configured_level(httpx_mock: HTTPXMock) -> No
     await backend.aclose()
 
 
-async def test_before_0_24_a_level_2_sleeper_is_woken_whole_and_then_reloaded(httpx_mock: HTTPXMock) -> None:
-    httpx_mock.add_response(url=f"{URL}/version", json={"version": "0.23.1"})
+@pytest.mark.parametrize(
+    ("version", "wakes"),
+    [
+        ("0.23.1", ["/wake_up", "/collective_rpc", "/reset_prefix_cache"]),
+        ("0.24.0", ["/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache"]),
+    ],
+)
+async def test_before_0_24_a_level_2_sleeper_is_woken_whole_and_then_reloaded(
+    httpx_mock: HTTPXMock, version: str, wakes: list[str]
+) -> None:
+    httpx_mock.add_response(url=f"{URL}/version", json={"version": version})
     httpx_mock.add_response(url=f"{URL}/is_sleeping", json={"is_sleeping": True, "more": 1}, is_reusable=True)
-    for path in ("/sleep?level=2&mode=abort", "/wake_up", "/collective_rpc", "/reset_prefix_cache"):
+    for path in ("/sleep?level=2&mode=abort", *wakes):
         httpx_mock.add_response(url=URL + path, text="")
     backend = VLLMBackend(URL)
     assert await backend.state() is BackendState.ASLEEP
     await backend.sleep(2)
     await backend.wake()
-    paths = [request.url.path for request in httpx_mock.get_requests()]
-    assert paths[-3:] == ["/wake_up", "/collective_rpc", "/reset_prefix_cache"]
+    paths = [request.url.raw_path.decode() for request in httpx_mock.get_requests()]
+    assert paths[-len(wakes) :] == wakes
     await backend.aclose()
 
 
@@ -154,14 +239,36 @@ async def test_a_server_that_stays_awake_after_a_200_says_how_to_mend_it(sim: Si
 
 
 async def test_a_call_that_hangs_ends_with_its_limit_and_the_state_can_still_be_asked(sim: SimProcess) -> None:
-    sim.add_faults("sleep:1:hang")
-    backend = VLLMBackend(sim.url, timeouts=TimeoutsConfig(sleep=0.05, wake=0.05))
-    with pytest.raises(BackendTimeoutError, match=r"putting the model to sleep took longer than 0\.05 s"):
-        await backend.sleep(1)
-    assert await backend.state() is BackendState.AWAKE
-    sim.add_faults("wake:1:hang")
-    with pytest.raises(BackendTimeoutError, match=r"waking the model took longer than 0\.05 s"):
-        await backend.wake()
+    """Each step has its own limit, and no other one: the others are far too long or too short here."""
+    with anyio.fail_after(10):
+        sim.add_faults("sleep:1:hang")
+        backend = VLLMBackend(sim.url, timeouts=TimeoutsConfig(sleep=0.05, wake=60))
+        with pytest.raises(BackendTimeoutError, match=r"putting the model to sleep took longer than 0\.05 s"):
+            await backend.sleep(1)
+        assert await backend.state() is BackendState.AWAKE
+        await backend.aclose()
+        sim.add_faults("wake:1:hang")
+        backend = VLLMBackend(sim.url, timeouts=TimeoutsConfig(sleep=60, wake=0.05))
+        with pytest.raises(BackendTimeoutError, match=r"waking the model took longer than 0\.05 s"):
+            await backend.wake()
+        await backend.aclose()
+
+
+async def test_a_server_that_does_not_wake_up_is_not_waited_for_for_ever(httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(url=f"{URL}/is_sleeping", json={"is_sleeping": True}, is_reusable=True)
+    backend = VLLMBackend(URL, timeouts=TimeoutsConfig(sleep=60, wake=0.05))
+    with anyio.fail_after(5), pytest.raises(BackendTimeoutError, match=r"waiting for the woken model took longer"):
+        await backend.ready()
+    await backend.aclose()
+
+
+async def test_a_step_takes_as_long_as_its_limit_says_and_no_other_timeout_cuts_it_short(httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(url=f"{URL}/sleep?level=1&mode=abort", json={})
+    httpx_mock.add_response(url=f"{URL}/is_sleeping", json={"is_sleeping": True})
+    backend = VLLMBackend(URL, timeouts=TimeoutsConfig(probe=0.5, connect=0.25))
+    await backend.sleep(1)
+    for request in httpx_mock.get_requests():
+        assert request.extensions["timeout"] == {"connect": 0.25, "read": None, "write": None, "pool": None}
     await backend.aclose()
 
 
