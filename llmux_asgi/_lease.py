@@ -27,7 +27,7 @@ class Activation:
     `previous` is the one before, if a failed switch has interrupted it and the same model has gone on.
     """
 
-    __slots__ = ("exchanges", "interrupted", "over", "previous")
+    __slots__ = ("exchanges", "interrupted", "leases", "over", "previous")
 
     def __init__(self, previous: Activation | None = None) -> None:
         self.previous = previous
@@ -35,12 +35,16 @@ class Activation:
         """Whether it is being ended, or was, while leases were held."""
         self.over = False
         """Whether the model is confirmed asleep: what has not been answered by now never will be."""
+        self.leases: set[Lease] = set()
+        """The leases of it that are held."""
         self.exchanges: set[Callable[[], None]] = set()
         """To be called when it is over, by the exchanges with the server that are still under way."""
 
     def end(self) -> None:
-        """Tell all who still hold leases that the model is confirmed out of memory."""
+        """Void the leases that are still held, because the model is confirmed out of memory, and tell who holds them."""
         self.interrupted = self.over = True
+        for lease in list(self.leases):
+            lease.release()
         for tell in self.exchanges:
             tell()
         if self.previous is not None:
@@ -48,7 +52,10 @@ class Activation:
 
 
 class Lease:
-    """The right to have one request answered by an awake model. It keeps the model awake until it is released."""
+    """The right to have one request answered by an awake model. It keeps the model awake until it is released.
+
+    If the model is put to sleep all the same (draining off, a deadline passed), the lease is void from then on.
+    """
 
     __slots__ = ("_activation", "_released", "_switcher", "model", "switch", "waited")
 
@@ -63,6 +70,7 @@ class Lease:
         self._switcher = switcher
         self._activation = activation
         self._released = False
+        activation.leases.add(self)
         self.model = model
         """The model's configured name, aliases resolved."""
         self.waited = waited
@@ -91,6 +99,7 @@ class Lease:
         """Give the lease back. Never waits, and may be called again."""
         if not self._released:
             self._released = True
+            self._activation.leases.discard(self)
             self._switcher._release(self.model)
 
     def distrust(self) -> None:

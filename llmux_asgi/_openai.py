@@ -75,7 +75,8 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+# Answers are looked into, event by event, so they must come as they are.
+_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
 
@@ -90,8 +91,14 @@ class RequestFields(msgspec.Struct):
     stream: object = False
 
 
+class _ChoiceFields(msgspec.Struct):
+    n: object = 1
+    prompt: object = None
+
+
 _T = TypeVar("_T")
 _fields = msgspec.json.Decoder(RequestFields)
+_choice_fields = msgspec.json.Decoder(_ChoiceFields)
 _members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -191,12 +198,14 @@ def error_event(exc: LLMuxError) -> bytes:
 
 def relayed_request_headers(headers: Headers) -> Headers:
     """Drop what belongs to the client's connection; host and length are set anew for the backend."""
-    return _without(headers, _NOT_SENT_UP)
+    return [*_without(headers, _NOT_SENT_UP), (b"accept-encoding", b"identity")]
 
 
 def relayed_response_headers(headers: Headers) -> Headers:
     """Drop what belongs to the backend's connection, and what the gateway's own server sets."""
-    return _without(headers, _NOT_SENT_DOWN)
+    chunked = any(name.lower() == b"transfer-encoding" for name, _ in headers)
+    # By RFC 9112 a length beside it does not count.
+    return _without(headers, _NOT_SENT_DOWN | {b"content-length"} if chunked else _NOT_SENT_DOWN)
 
 
 def content_length(headers: Headers) -> int | None:
@@ -248,16 +257,28 @@ class InterruptedAnswer:
     of other routes cannot be told from whole ones (`/v1/responses` says `completed`), so none of them is believed.
     """
 
-    def __init__(self, route: str) -> None:
+    def __init__(self, route: str, request: bytes) -> None:
         self._believable = route in _SAYS_ABORTED
-        self._finished = False
+        self._request = request
+        self._finished = 0
+
+    def note(self, events: bytes) -> None:
+        """Take note of further whole events of a stream, also before the interruption."""
+        if self._believable:
+            self._finished += len(_FINISHED.findall(events))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice of the stream has said that it is finished."""
+        return self._believable and self._finished >= _choices(self._request)
 
     def cut_at(self, events: bytes) -> int | None:
-        """Find where, in further whole events of a stream, the part begins that must not reach the client."""
+        """Find where, in events that were noted, the part begins that must not reach the client."""
         if not self._believable:
             return 0
-        self._finished = self._finished or _FINISHED.search(events) is not None
-        found = _ABORTED.search(events) or (None if self._finished else _DONE.search(events))
+        found = _ABORTED.search(events)
+        if found is None and not self.is_finished:
+            found = _DONE.search(events)
         if found is None:
             return None
         ends = [end.end() for end in _EVENT_END.finditer(events, 0, found.start())]
@@ -265,4 +286,14 @@ class InterruptedAnswer:
 
     def is_whole(self, body: bytes) -> bool:
         """Say whether a plain answer is what the client asked for."""
-        return self._believable and _ABORTED.search(body) is None and _FINISHED.search(body) is not None
+        finished = len(_FINISHED.findall(body))
+        return self._believable and _ABORTED.search(body) is None and finished >= _choices(self._request)
+
+
+def _choices(request: bytes) -> int:
+    """How many choices a request asks for: `n` for each of its prompts."""
+    fields = _decode(_choice_fields, request)
+    n = fields.n if isinstance(fields.n, int) else 1
+    prompts = fields.prompt if isinstance(fields.prompt, list) else [fields.prompt]
+    # A list of numbers is one prompt, in tokens.
+    return n if all(isinstance(token, int) for token in prompts) else n * len(prompts)

@@ -93,18 +93,16 @@ class HttpxUpstream:
         base = httpx.URL(url)
         request = httpx.Request(
             method.decode("ascii"),
-            base.copy_with(raw_path=target),
+            base,
             headers=[(b"host", base.netloc), *headers, (b"content-length", str(len(body)).encode())],
             content=body,
-            extensions={"timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None}},
+            extensions={
+                "target": target,  # as it came: httpx would quote it anew
+                "timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None},
+            },
         )
         with _faults(timeouts):
-            try:
-                response = await self._open().handle_async_request(request)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                # Nothing of an answer has come: the likeliest reason is a kept connection that the server has closed
-                # meanwhile, as vLLM does after it has answered 500. A server that is gone refuses the second one.
-                response = await self._open().handle_async_request(request)
+            response = await self._open().handle_async_request(request)
         chunks = self._chunks(response, timeouts)
         try:
             yield UpstreamResponse(response.status_code, response.headers.raw, chunks)
@@ -128,8 +126,9 @@ class HttpxUpstream:
         # A connection belongs to its event loop; an app that is used on a second one (a test client does that) starts anew.
         loop = _running_loop()
         if self._transport is None or loop != self._loop:
-            # vLLM closes idle connections after 5 s: one is not reused when that could be about to happen.
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2.0)
+            # No connection is kept. vLLM closes them when it has been idle for 5 s or has answered 500, and a request that
+            # meets that must not be sent again: it cannot be told whether it was executed.
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
             self._transport, self._loop = httpx.AsyncHTTPTransport(limits=limits, trust_env=False), loop
         return self._transport
 
@@ -150,7 +149,7 @@ def _faults(timeouts: TimeoutsConfig) -> Iterator[None]:
     except httpx.TimeoutException as exc:
         raise UpstreamFault(f"was silent for {timeouts.read:.3g} s.") from exc
     except httpx.HTTPError as exc:
-        raise UpstreamFault(f"broke off: {exc or type(exc).__name__}.") from exc
+        raise UpstreamFault(f"broke off: {str(exc).rstrip('.') or type(exc).__name__}.") from exc
 
 
 def _running_loop() -> int:
@@ -218,7 +217,7 @@ class _Relay:
         """Whether the last byte of the answer is out."""
         self.done = False
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
-        self.error: LLMuxError | None = None
+        self.error: Exception | None = None
 
     async def run(self, body: bytes) -> None:
         try:
@@ -227,12 +226,17 @@ class _Relay:
             if scope.cancelled_caught:
                 raise InterruptedRequestError(self._lease.model)
         except UpstreamFault as exc:
+            if self._lease.interrupted:  # that is why
+                await self._fail(InterruptedRequestError(self._lease.model))
+                return
             self._lease.distrust()
             error = UpstreamError(self._lease.model, str(exc))
             error.__cause__ = exc
             await self._fail(error)
         except LLMuxError as exc:
             await self._fail(exc)
+        except Exception as exc:  # noqa: BLE001 - raised again, where no task group wraps it
+            self.error = exc
 
     async def _relay(self, body: bytes) -> None:
         body = with_model(body, self._target.served_name)
@@ -243,9 +247,10 @@ class _Relay:
             target += b"?" + query
         exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
         async with exchange as response:
-            self._streams_events = any(
-                name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in response.headers
-            )
+            kinds = {name.lower(): value for name, value in response.headers}
+            streams = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
+            encoded = kinds.get(b"content-encoding", b"identity") != b"identity"  # although it was asked not to
+            self._streams_events = streams and not encoded
             start: Message = {
                 "type": "http.response.start",
                 "status": response.status,
@@ -253,9 +258,9 @@ class _Relay:
             }
             # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
             if self._streams_events:
-                await self._relay_events(start, response.chunks)
+                await self._relay_events(start, response.chunks, InterruptedAnswer(self._route, body))
             elif self._lease.interrupted:
-                await self._relay_checked(start, response.chunks)
+                await self._relay_checked(start, response.chunks, InterruptedAnswer(self._route, body))
             else:
                 await self._relay_plain(start, response)
 
@@ -267,30 +272,35 @@ class _Relay:
         async for chunk in response.chunks:
             if left is not None:
                 left -= len(chunk)
+            elif self._lease.interrupted:  # nobody can tell whether it will be whole
+                raise InterruptedRequestError(self._lease.model)
             await self._pass_on(chunk, last=left == 0)
         if not self.ended:
             await self._pass_on(b"", last=True)
 
-    async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
+    async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
         await self._begin(start)
-        answer = InterruptedAnswer(self._route)
         rest = b""
         async for chunk in chunks:
             events, rest = split_events(rest + chunk)
             if len(rest) > _LONGEST_EVENT:
                 events, rest = events + rest, b""
+            answer.note(events)
             if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
                 await self._pass_on(events[:cut])
                 raise InterruptedRequestError(self._lease.model)
             if events:
                 self.done = is_done(events)
                 await self._pass_on(events)
+        if self._lease.interrupted and not (self.done or answer.is_finished):
+            raise InterruptedRequestError(self._lease.model)
         await self._pass_on(rest, last=True)
 
-    async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes]) -> None:
+    async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
         """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
         body = b"".join([chunk async for chunk in chunks])
-        if start["status"] < 400 and not InterruptedAnswer(self._route).is_whole(body):
+        status: int = start["status"]
+        if status >= 500 or (status < 400 and not answer.is_whole(body)):  # a 4xx is what the server thinks of the request
             raise InterruptedRequestError(self._lease.model)
         await self._begin(start)
         await self._pass_on(body, last=True)

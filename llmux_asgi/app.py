@@ -81,8 +81,10 @@ class LLMuxApp:
 
     async def aclose(self) -> None:
         """Refuse waiting requests, let a switch step that is on the wire end, and close all connections."""
-        await self.switcher.aclose()
-        await self._proxy.aclose()
+        try:
+            await self.switcher.aclose()
+        finally:
+            await self._proxy.aclose()
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_path(scope), scope["method"]

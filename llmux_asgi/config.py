@@ -22,7 +22,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -41,9 +41,11 @@ __all__ = [
     "load_config",
 ]
 
-Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
-PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0)]
+# A finite number: a year is as good as for ever.
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
+PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
 SleepLevel: TypeAlias = Literal[1, 2]
+PolicyName: TypeAlias = Literal["fifo"]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
 _T = TypeVar("_T")
 
@@ -83,23 +85,25 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(str(self.url))
+        if not re.fullmatch(r"[!-~]+", self.url):  # urlsplit would silently drop some of these
+            raise _ValueConfigError("url", f"{self.url!r} has blanks, or characters that are not ASCII: percent-encode them")
+        parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise _ValueConfigError("url", f"{self.url!r} is not a URL such as http://127.0.0.1:8001")
         try:
             _ = parts.port
         except ValueError as exc:
             raise _ValueConfigError("url", f"{self.url!r}: {exc}") from None
-        if parts.username or parts.query or parts.fragment:
+        if "@" in parts.netloc or "?" in self.url or "#" in self.url:
             raise _ValueConfigError("url", f"{self.url!r} must be scheme, host, port and path only")
-        if parts.path.rstrip("/").endswith("/v1"):
-            raise _ValueConfigError("url", f"{self.url!r} must be the server's root: leave out the /v1 at its end")
+        if "v1" in parts.path.split("/"):
+            raise _ValueConfigError("url", f"{self.url!r} must be the server's root: leave out /v1 and what follows it")
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When to switch."""
 
-    name: Annotated[Literal["fifo"], Meta(description="The switch policy.")] = "fifo"
+    name: Annotated[PolicyName, Meta(description="The switch policy.")] = "fifo"
     sleep_level: Annotated[SleepLevel, Meta(description="Sleep level of models that do not set their own.")] = 1
     request_timeout: Annotated[
         PositiveSeconds | None, Meta(description="Longest wait of a request for its model; null: no limit.")
@@ -110,6 +114,10 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Seconds | None, Meta(description="Longest drain; requests still running then are aborted. null: no deadline.")
     ] = None
 
+    def __post_init__(self) -> None:
+        if self.drain_timeout is not None and not self.drain:
+            raise _ValueConfigError("drain_timeout", "has no effect when drain is false: leave one of them out")
+
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the gateway refuses, and how patient it is after a failed switch."""
@@ -118,17 +126,28 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     backoff_initial: Annotated[Seconds, Meta(description="Pause after a model's first failed switch.")] = 1.0
     backoff_max: Annotated[Seconds, Meta(description="Longest pause; it doubles with each failure in a row.")] = 30.0
 
+    def __post_init__(self) -> None:
+        if self.backoff_initial > self.backoff_max:
+            raise _ValueConfigError("backoff_max", f"must not be less than backoff_initial, which is {self.backoff_initial:g}")
+
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration of one gateway."""
 
-    models: Annotated[dict[_Name, ModelConfig], Meta(min_length=1, description="Models by the name that clients use.")]
+    models: Annotated[
+        dict[_Name, ModelConfig],
+        Meta(description="Models by the name that clients use.", extra_json_schema={"minProperties": 1}),
+    ]
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
         if not self.models:
             raise _ValueConfigError("models", "name at least one model")
+        servers: dict[str, str] = {}
+        for name, model in self.models.items():
+            if (other := servers.setdefault(model.url.rstrip("/"), name)) != name:
+                raise _ValueConfigError(f"models.{name}.url", f"{model.url!r} already is the server of the model {other!r}")
         owners = {name: name for name in self.models}
         for name, model in self.models.items():
             for index, alias in enumerate(model.aliases):
@@ -152,13 +171,15 @@ def load_config(source: ConfigSource) -> Config:
         return _build(msgspec.to_builtins(source))
     if isinstance(source, Mapping):
         return _build(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ConfigError(f"$: expected a Config, a dict or the path of a file, got {type(source).__name__}")
     path = Path(source)
     try:
         return _build(_parser(path)(path.read_bytes()))
     except ConfigError as exc:
         raise ConfigError(f"{path}: {exc}") from None
     except OSError as exc:
-        raise ConfigError(f"{path}: {exc.strerror or exc}") from exc
+        raise ConfigError(f"{path.absolute()}: {exc.strerror or exc}") from exc
 
 
 def json_schema() -> dict[str, Any]:
@@ -182,7 +203,7 @@ def _parser(path: Path) -> Callable[[bytes], Any]:
 def _json(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ConfigError(f"$: not valid JSON: {exc}") from None
 
 
@@ -195,19 +216,51 @@ def _toml(data: bytes) -> Any:
 
 def _yaml(data: bytes) -> Any:
     try:
-        return msgspec.yaml.decode(data)
-    except msgspec.DecodeError as exc:
-        raise ConfigError(f"$: not valid YAML: {' '.join(str(exc).split())}") from None
+        import yaml  # an optional dependency, and not a quick one to import
     except ImportError:
         raise ConfigError("$: reading YAML needs PyYAML: pip install 'llmux-asgi[yaml]'") from None
+    try:
+        _refuse_duplicates(yaml.compose(data, yaml.SafeLoader), "$")
+        return yaml.load(data, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"$: not valid YAML: {' '.join(str(exc).split())}") from None
+
+
+def _refuse_duplicates(node: Any, where: str) -> None:
+    """Refuse a mapping that has a key twice. PyYAML would let the last one win, and a model would be lost."""
+    if node is None or isinstance(node.value, str):
+        return
+    seen = set()
+    for child in node.value:
+        if not isinstance(child, tuple):
+            _refuse_duplicates(child, where)
+            continue
+        key, value = child
+        name = str(key.value)
+        if name in seen:
+            raise ConfigError(f"{where}.{name}: is there twice, again in line {key.start_mark.line + 1}")
+        seen.add(name)
+        _refuse_duplicates(value, f"{where}.{name}")
 
 
 def _build(raw: Any) -> Config:
     if isinstance(raw, Mapping) and isinstance(models := raw.get("models"), Mapping):
         # msgspec calls every key of a mapping `[...]`: converting model by model is what gives errors the model's name.
+        for name in models:
+            if not isinstance(name, str):
+                raise ConfigError(f"$.models.{name}: a model's name is a text: write it in quotes")
         built = {name: _convert(model, ModelConfig, f"$.models.{name}") for name, model in models.items()}
         raw = {**raw, "models": built}
     return _convert(raw, Config, "$")
+
+
+_ALLOWED = {"sleep_level": get_args(SleepLevel), "name": get_args(PolicyName)}
+_HINTS = {
+    "Expected `float`, got": " (a number, in seconds)",
+    "Expected `float | null`, got": " (a number, in seconds, or null)",
+    "Expected `array`, got `str`": " (write a list: [one, two])",
+    "Expected `str`, got": " (write it in quotes)",
+}
 
 
 def _convert(raw: Any, kind: type[_T], root: str) -> _T:
@@ -220,4 +273,7 @@ def _convert(raw: Any, kind: type[_T], root: str) -> _T:
         where = where.removesuffix("`")
         if found := re.fullmatch(r"\$(\.[^ ]+): (.*)", message, re.DOTALL):  # raised by a __post_init__ of ours
             where, message = where + found[1], found[2]
+        message += next((hint for start, hint in _HINTS.items() if message.startswith(start)), "")
+        if message.startswith("Invalid enum value"):
+            message += f" (one of: {', '.join(str(each) for each in _ALLOWED[where.rpartition('.')[2]])})"
         raise ConfigError(f"{root}{where}: {message[:1].lower()}{message[1:]}") from None

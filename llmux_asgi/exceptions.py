@@ -20,6 +20,11 @@ Which HTTP status each becomes is decided in one table, `llmux_asgi._openai.desc
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
+
 __all__ = [
     "BackendError",
     "BackendTimeoutError",
@@ -85,13 +90,17 @@ class QueueTimeoutError(LLMuxError):
 
 
 class SwitchError(LLMuxError):
-    """The switch to `model` failed. `retry_after` (seconds) is when the next attempt is allowed."""
+    """The switch to `model` failed.
 
-    def __init__(self, model: str, reason: str, *, retry_after: float = 1.0) -> None:
+    `retry_after` (seconds) is when the next attempt is allowed, `switch` the span of the one that failed, if there was one.
+    """
+
+    def __init__(self, model: str, reason: str, *, retry_after: float = 1.0, switch: SpanContext | None = None) -> None:
         super().__init__(f"Switching to the model {model!r} failed: {reason}")
         self.model = model
         self.reason = reason
         self.retry_after = retry_after
+        self.switch = switch
 
 
 class InterruptedRequestError(LLMuxError):

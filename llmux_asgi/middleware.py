@@ -37,9 +37,9 @@ class LLMuxMiddleware:
     """Makes sure that the model a request names is awake while `app` answers it.
 
     It acts on POST requests whose path, below any mount prefix, is one of `paths`; everything else (other paths and
-    methods, websockets, lifespan) reaches `app` untouched. The model is named by the header `x-llmux-model` or by the JSON
-    body, which is read up to `max_body` bytes and handed on whole. Requests for models that the switcher does not know are
-    answered with a 404, or with `unknown="pass"` go to `app` without a lease.
+    methods, websockets, lifespan) reaches `app` untouched. The body is read up to `max_body` bytes and handed on whole; the
+    model is named by the header `x-llmux-model`, else by the JSON in the body. Requests for models that the switcher does
+    not know are answered with a 404, or with `unknown="pass"` go to `app` without a lease.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
     """
@@ -106,6 +106,8 @@ class _Responder:
             if self._status:
                 raise
             failed(self._span, exc)
+            if isinstance(exc, SwitchError) and exc.switch is not None:
+                self._span.add_link(exc.switch)
             if not isinstance(exc, (InvalidRequestError, UnknownModelError, SwitchError, PolicyError)):
                 logger.warning("%s", exc)  # a failed switch is logged once, by the switcher; a bad request is the client's
             await self._refuse(exc)
@@ -130,8 +132,6 @@ class _Responder:
 
     async def _wait_for_lease(self, model: str) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
-        if self._body is None and not await self._read_body():
-            return None
         lease: Lease | None = None
         error: LLMuxError | None = None
         try:
@@ -151,12 +151,13 @@ class _Responder:
         return lease
 
     async def _find_name(self) -> str:
+        # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
+        if not await self._read_body():
+            return ""
         wanted = MODEL_HEADER.encode("ascii")
         for name, value in self._scope["headers"]:
             if name == wanted:
                 return str(value.decode("latin-1"))
-        if not await self._read_body():
-            return ""
         fields = read_fields(self._body or b"")
         self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, fields.stream is True)
         return model_of(fields)

@@ -30,7 +30,7 @@ from .policy import FifoPolicy, SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import SpanContext
+    from opentelemetry.trace import Span, SpanContext
 
 __all__ = ["Lease", "ModelSwitcher"]
 
@@ -59,6 +59,8 @@ class ModelSwitcher:
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        if isinstance(policy, type):
+            raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
         self._servers = Servers(backends)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or FifoPolicy()
@@ -368,15 +370,25 @@ class ModelSwitcher:
             except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
                 outcome = "failed"
                 failed(span, exc)
-                await self._recover(origin, to, exc)
+                self._link_newcomers(span, waiters, to)
+                await self._recover(origin, to, exc, span.get_span_context())
             else:
                 outcome = "completed" if switched else "abandoned"
+                self._link_newcomers(span, waiters, to)
                 self._grant(state.complete(self._clock()) if switched else state.abandon(), span.get_span_context())
+                if switched:
+                    text = "switched from %r to %r in %.3f s; %d requests waited for it"
+                    logger.info(text, origin, to, self._clock() - begun, state.in_flight(to))
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
             self.telemetry.switch_duration.record(
                 self._clock() - begun,
                 {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to, names.SWITCH_OUTCOME: outcome},
             )
+
+    def _link_newcomers(self, span: Span, linked: list[Waiter], to: str) -> None:
+        for waiter in set(cast("tuple[Waiter, ...]", self._state.waiters(to))).difference(linked):
+            if waiter.span.is_valid:
+                span.add_link(waiter.span)
 
     async def _prepare(self, origin: str | None, to: str) -> bool:
         """Do what precedes the point of no return. Returns whether it was passed; not if nobody waits for `to` any more."""
@@ -439,7 +451,7 @@ class ModelSwitcher:
         self._activation = Activation()
         return True
 
-    async def _recover(self, origin: str | None, to: str, exc: Exception) -> None:
+    async def _recover(self, origin: str | None, to: str, exc: Exception, switch: SpanContext) -> None:
         """Tell those who waited, back off, and find out from the servers where things stand."""
         granted = self._state.fail()
         if not isinstance(exc, PolicyError):  # those have been told and logged already
@@ -448,7 +460,7 @@ class ModelSwitcher:
             text = "switching from %r to %r failed (%d in a row), next attempt in %.1f s: %s"
             trace_back = None if isinstance(exc, LLMuxError) else exc
             logger.error(text, origin, to, failure.in_a_row, failure.pause, reason, exc_info=trace_back)
-            self._refuse(to, partial(SwitchError, to, reason, retry_after=failure.pause))
+            self._refuse(to, partial(SwitchError, to, reason, retry_after=failure.pause, switch=switch))
         self._grant(granted)
         if self._state.mode is Mode.UNKNOWN:
             await self._reconcile()

@@ -145,4 +145,7 @@ def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
 
 def inject_headers(headers: Headers) -> None:
     """Write the current trace context into the headers of a request to a backend, in place of any that it carries."""
+    if trace.get_current_span().get_span_context().is_valid:
+        # A trace that begins here has no state: the client's must not stay beside it.
+        headers[:] = [pair for pair in headers if pair[0] != b"tracestate"]
     inject(headers, setter=_SETTER)

@@ -124,9 +124,10 @@ def test_headers_of_the_connection_are_dropped_whatever_their_case() -> None:
         (b"Accept", b"a"),
         (b"Accept", b"b"),
     ]
-    assert relayed_request_headers(headers) == [(b"accept", b"a"), (b"accept", b"b")]
+    assert relayed_request_headers(headers) == [(b"accept", b"a"), (b"accept", b"b"), (b"accept-encoding", b"identity")]
     answer = [(b"Content-Length", b"3"), (b"Date", b"x"), (b"Server", b"x"), (b"Keep-Alive", b"x"), (b"X", b"1")]
     assert relayed_response_headers(answer) == [(b"content-length", b"3"), (b"x", b"1")]
+    assert relayed_response_headers([*answer, (b"Transfer-Encoding", b"chunked")]) == [(b"x", b"1")]
 
 
 @given(st.lists(st.sampled_from([b"data: x", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n", b": ping\n\n"]), max_size=12), st.data())
@@ -149,23 +150,56 @@ def event(reason: str | None) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
+def cut(answer: InterruptedAnswer, events: bytes) -> int | None:
+    answer.note(events)
+    return answer.cut_at(events)
+
+
 def test_an_interrupted_stream_is_cut_before_the_event_that_says_so() -> None:
-    answer = InterruptedAnswer("/v1/completions")
-    assert answer.cut_at(event(None)) is None
-    assert answer.cut_at(event(None) + event("abort") + DONE) == len(event(None))
+    answer = InterruptedAnswer("/v1/completions", b"{}")
+    assert cut(answer, event(None)) is None
+    assert cut(answer, event(None) + event("abort") + DONE) == len(event(None))
+    assert not answer.is_finished
 
 
 def test_an_interrupted_stream_without_any_reason_is_cut_before_its_end() -> None:
-    assert InterruptedAnswer("/v1/completions").cut_at(DONE) == 0
-    assert InterruptedAnswer("/v1/completions").cut_at(event(None) + DONE) == len(event(None))
+    assert cut(InterruptedAnswer("/v1/completions", b"{}"), DONE) == 0
+    assert cut(InterruptedAnswer("/v1/completions", b"{}"), event(None) + DONE) == len(event(None))
 
 
 def test_a_stream_that_finished_is_believed_also_when_its_end_comes_apart() -> None:
-    answer = InterruptedAnswer("/v1/chat/completions")
-    assert answer.cut_at(event("stop")) is None
-    assert answer.cut_at(DONE) is None
+    answer = InterruptedAnswer("/v1/chat/completions", b"{}")
+    answer.note(event("stop"))  # perhaps before the interruption
+    assert answer.is_finished
+    assert cut(answer, DONE) is None
+
+
+@pytest.mark.parametrize(
+    ("request_body", "choices"),
+    [
+        (b'{"prompt": "a"}', 1),
+        (b'{"n": 3, "messages": []}', 3),
+        (b'{"n": 2, "prompt": ["a", "b"]}', 4),
+        (b'{"prompt": [1, 2, 3]}', 1),
+        (b'{"prompt": [[1, 2], [3]]}', 2),
+        (b'{"n": null}', 1),
+    ],
+)
+def test_every_choice_must_have_finished(request_body: bytes, choices: int) -> None:
+    answer = InterruptedAnswer("/v1/completions", request_body)
+    for _ in range(choices):
+        assert not answer.is_finished
+        assert cut(answer, DONE) == 0
+        answer.note(event("length"))
+    assert answer.is_finished
+    assert cut(answer, DONE) is None
+    finished = b'{"finish_reason": "stop"}'
+    assert not answer.is_whole(finished * (choices - 1))
+    assert answer.is_whole(finished * choices)
 
 
 def test_routes_that_cannot_say_so_are_never_believed() -> None:
-    assert InterruptedAnswer("/v1/responses").cut_at(event("stop")) == 0
-    assert not InterruptedAnswer("/v1/responses").is_whole(b'{"status": "completed"}')
+    answer = InterruptedAnswer("/v1/responses", b"{}")
+    assert cut(answer, event("stop")) == 0
+    assert not answer.is_finished
+    assert not answer.is_whole(b'{"status": "completed"}')

@@ -67,7 +67,7 @@ def test_the_configuration_arrives_where_it_belongs() -> None:
                 "a": {"url": "http://x:1", "sleep_level": 2, "aliases": ["gpt"], "timeouts": {"request": 7, "wake": 9}},
                 "b": {"url": "http://x:2"},
             },
-            "policy": {"sleep_level": 2, "request_timeout": 8, "min_active_duration": 3, "drain": False, "drain_timeout": 4},
+            "policy": {"sleep_level": 2, "request_timeout": 8, "min_active_duration": 3, "drain_timeout": 4},
             "limits": {"backoff_initial": 0.25, "backoff_max": 0.5},
         }
     )
@@ -78,7 +78,7 @@ def test_the_configuration_arrives_where_it_belongs() -> None:
         "sleep_level": 2,
         "request_timeout": 8,
         "min_active_duration": 3,
-        "drain": False,
+        "drain": True,
         "drain_timeout": 4,
     }
     assert switcher.resolve("gpt") == "a"

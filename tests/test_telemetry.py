@@ -23,7 +23,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from llmux_asgi import BackendError, FifoPolicy, LLMuxApp, LLMuxMiddleware
 from llmux_asgi.telemetry import Telemetry
 from tests.gateway.conftest import gateway
-from tests.gateway.test_relay import echo
+from tests.gateway.scripts import echo
 from tests.support.otlp import receive_spans
 from tests.support.pool import Pool
 from tests.support.serve import EventLoop, serve

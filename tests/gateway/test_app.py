@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from llmux_asgi import ConfigError, LLMuxApp
 from llmux_asgi._openai import INFERENCE_ROUTES
 from tests.gateway.conftest import Gateway, gateway
-from tests.gateway.test_relay import echo
+from tests.gateway.scripts import echo
 from tests.support.serve import EventLoop, free_port, serve
 from tests.support.upstream import Exchange
 
@@ -207,7 +207,8 @@ async def test_a_websocket_is_closed() -> None:
     assert sent[0]["type"] == "websocket.close"
 
 
-def test_the_same_app_can_be_used_on_one_event_loop_after_another(served: Gateway) -> None:
+@pytest.mark.parametrize("close", [True, False])
+def test_the_same_app_can_be_used_on_one_event_loop_after_another(served: Gateway, close: bool) -> None:
     """As a test client does that opens a loop a request."""
     served.a.script = echo
     url = served.app.config.models["a"].url
@@ -218,7 +219,8 @@ def test_the_same_app_can_be_used_on_one_event_loop_after_another(served: Gatewa
         async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
             response = await client.post("/v1/completions", json={"model": "a"})
             assert response.status_code == 200
-        await llm.aclose()
+        if close:
+            await llm.aclose()
 
     for backend in ("asyncio", "trio", "asyncio"):
         anyio.run(send_one, backend=backend)

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["Exchange", "ScriptedServer", "cutting_server", "wait_for"]
+__all__ = ["Exchange", "ScriptedServer", "closing_server", "wait_for"]
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Script = Callable[["Exchange"], Awaitable[None]]
@@ -83,23 +83,28 @@ async def wait_for(event: threading.Event, limit: float = 5.0) -> None:
 
 
 @contextmanager
-def cutting_server() -> Iterator[tuple[str, list[int]]]:
-    """A server that closes its first connection without an answer and answers on the second; counts them."""
-    accepted: list[int] = []
-    body = b'{"ok": true}'
-    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+def closing_server(answer: bytes, hold: Callable[[], None] = lambda: None) -> Iterator[tuple[str, list[bytes]]]:
+    """A server that reads a request, calls `hold`, sends `answer` and closes the connection. Keeps the requests."""
+    requests: list[bytes] = []
 
     def run() -> None:
-        for number in (1, 2):
-            connection, _ = listener.accept()
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
             with connection:
-                accepted.append(number)
-                connection.recv(65536)
-                if number == 2:
-                    connection.sendall(answer)
+                connection.settimeout(5)
+                request = b""
+                while not request.endswith(b"}"):
+                    request += connection.recv(65536)
+                requests.append(request)
+                hold()
+                connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", accepted
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)
