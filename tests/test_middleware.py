@@ -125,13 +125,84 @@ async def test_the_body_is_handed_on_whole(pool: Pool) -> None:
     assert inner.bodies == [b'{"model": "a"}']
 
 
-async def test_a_body_named_by_the_header_is_not_read_ahead(pool: Pool) -> None:
+async def test_the_body_is_read_before_a_lease_is_taken_also_if_the_header_names_the_model(pool: Pool) -> None:
+    """A client that takes its time to send it would keep the other models waiting."""
     inner = Inner(pool)
-    await pool.switcher.reconcile()  # else the first request waits for that
+    await pool.switcher.reconcile()
     connection = Connection(chunks=[b"first", b"second"], headers={"x-llmux-model": "a"})
+    held: list[int] = []
+    receive = connection.receive
+
+    async def watched() -> Message:
+        held.append(pool.switcher.statistics().in_flight["a"])
+        return await receive()
+
+    connection.receive = watched  # type: ignore[method-assign]
     await call(LLMuxMiddleware(inner, pool.switcher), connection)
-    assert inner.bodies == [b"first"]
+    assert inner.bodies == [b"firstsecond"]
+    assert held == [0, 0]
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-llmux-model": "a"}])
+async def test_a_body_is_refused_beyond_the_limit_and_not_at_it(pool: Pool, headers: dict[str, str]) -> None:
+    body = b'{"model": "a"}'
+    for limit, status in ((len(body), 201), (len(body) - 1, 413)):
+        inner = Inner(pool)
+        connection = Connection(body, headers=headers)
+        await call(LLMuxMiddleware(inner, pool.switcher, max_body=limit), connection)
+        assert connection.status == status
+        assert len(inner.bodies) == (1 if status == 201 else 0)
+
+
+async def test_a_body_that_announces_too_much_is_refused_before_it_is_read(pool: Pool) -> None:
+    connection = Connection(b'{"model": "a"}', headers={"content-length": "101"})
+    await call(LLMuxMiddleware(Inner(pool), pool.switcher, max_body=100), connection)
+    assert (connection.status, connection.error["code"]) == (413, "request_too_large")
     assert len(connection.incoming) == 1
+
+
+async def test_the_lease_is_held_while_the_last_byte_is_being_sent(pool: Pool) -> None:
+    sending, sent = anyio.Event(), anyio.Event()
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"last"})
+
+    async def slow_send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            sending.set()
+            await sent.wait()
+
+    connection = Connection(b'{"model": "a"}')
+    with anyio.fail_after(LIMIT):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(LLMuxMiddleware(inner, pool.switcher), connection.scope, connection.receive, slow_send)
+            await sending.wait()
+            assert pool.switcher.statistics().in_flight["a"] == 1
+            sent.set()
+    assert pool.switcher.statistics().in_flight["a"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "errors", "where"),
+    [
+        (b'{"model": "b"}', 1, "llmux_asgi.switcher"),  # a failed switch: by the switcher
+        (b'{"model": "slow"}', 1, "llmux_asgi.middleware"),  # a queue timeout: here
+        (b'{"model": "nobody"}', 0, ""),  # the client's own mistakes: not at all
+        (b"nonsense", 0, ""),
+    ],
+)
+async def test_a_failure_is_logged_once_in_the_place_where_it_happened(
+    body: bytes, errors: int, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = Pool(awake="a", aliases={"slow": "c"}, request_timeouts={"c": 0.01})
+    pool.backends["b"].fail("wake", BackendError("out of memory"))
+    lease = await pool.switcher.acquire("a") if b"slow" in body else None
+    await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(body))
+    if lease is not None:
+        lease.release()
+    await pool.switcher.aclose()
+    assert [record.name for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == [where] * errors
 
 
 async def test_a_body_named_by_the_header_survives_the_wait_for_its_model(pool: Pool) -> None:

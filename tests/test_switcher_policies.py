@@ -388,3 +388,8 @@ async def test_a_cancelled_future_in_prepare_switch_is_the_policys_fault() -> No
         await second.done.wait()
         assert isinstance(second.error, PolicyError)
         (await run.served("a")).finish.set()
+
+
+def test_a_class_in_place_of_a_policy_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match=r"policy must be an instance of FifoPolicy, not the class: FifoPolicy\(\.\.\.\)"):
+        Pool(FifoPolicy)  # type: ignore[arg-type]

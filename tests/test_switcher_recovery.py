@@ -404,3 +404,20 @@ async def test_reconcile_survives_a_backend_that_breaks_its_contract(caplog: pyt
         assert "reconciling met an unexpected error" in caplog.text
         (await pool.switcher.acquire("a")).release()
         await pool.switcher.aclose()
+
+
+async def test_an_exchange_that_begins_after_the_end_is_told_at_once_and_one_that_is_over_never() -> None:
+    pool = Pool(awake="a")
+    told: list[str] = []
+    with anyio.fail_after(5):
+        lease = await pool.switcher.acquire("a")
+        with lease.exchange(lambda: told.append("over before")):
+            pass
+        pool.gpu.awake.clear()
+        await pool.switcher.reconcile()
+        with lease.exchange(lambda: told.append("begun after")):
+            assert told == ["begun after"]
+        assert pool.switcher.statistics().in_flight["a"] == 0  # it is void
+        lease.release()
+        await pool.switcher.aclose()
+    pool.check()

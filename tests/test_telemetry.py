@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -20,12 +22,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from llmux_asgi import BackendError, FifoPolicy, LLMuxApp, LLMuxMiddleware
-from llmux_asgi.telemetry import Telemetry
+from llmux_asgi import BackendError, FifoPolicy, LLMuxApp, LLMuxMiddleware, Phase
+from llmux_asgi.telemetry import Telemetry, inject_headers
 from tests.gateway.conftest import gateway
 from tests.gateway.scripts import echo
 from tests.support.otlp import receive_spans
-from tests.support.pool import Pool
+from tests.support.pool import LIMIT, Pool, running, until_phase
 from tests.support.serve import EventLoop, serve
 from tests.support.upstream import Exchange, Script, ScriptedServer
 from tests.test_middleware import Connection, Inner, call
@@ -134,6 +136,64 @@ async def test_a_failed_switch_and_its_requests_are_errors_with_the_exception() 
 
 
 @pytest.mark.anyio
+async def test_all_that_waited_for_a_switch_are_linked_with_it_both_ways_whenever_they_came() -> None:
+    recorded = Recorded()
+    pool = Pool(telemetry=recorded.telemetry)
+    app = LLMuxMiddleware(Inner(pool), pool.switcher)
+    for fails in (False, True):
+        recorded.exporter.clear()
+        gate = pool.backends["a" if not fails else "b"].gate("wake")
+        if fails:
+            pool.backends["b"].fail("wake", BackendError("out of memory"))
+        with anyio.fail_after(LIMIT):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(call, app, Connection(b'{"model": "%s"}' % (b"b" if fails else b"a")))
+                await gate.entered.wait()
+                late = Connection(b'{"model": "%s"}' % (b"b" if fails else b"a"))
+                tasks.start_soon(call, app, late)
+                while sum(pool.switcher.statistics().waiting.values()) < 2:
+                    await anyio.lowlevel.checkpoint()
+                gate.open.set()
+        [switch] = recorded.named("llmux.switch")
+        requests = recorded.named("llmux.request")
+        linked = {(link.context.trace_id, link.context.span_id) for link in switch.links}
+        assert linked == {ids(request) for request in requests}
+        assert [[(link.context.trace_id, link.context.span_id) for link in request.links] for request in requests] == [
+            [ids(switch)],
+            [ids(switch)],
+        ]
+    await pool.switcher.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_switch_that_nobody_waits_for_any_more_says_that_it_was_abandoned() -> None:
+    recorded = Recorded()
+    pool = Pool(FifoPolicy(min_active_duration=0), awake="a", telemetry=recorded.telemetry)
+    async with running(pool) as run:
+        first = await run.served("a")
+        second = run.send("b")
+        await until_phase(pool, Phase.DRAIN)
+        second.scope.cancel()
+        await second.done.wait()
+        first.finish.set()
+    [switch] = recorded.named("llmux.switch")
+    assert switch.attributes is not None
+    assert switch.attributes["llmux.switch.outcome"] == "abandoned"
+    assert switch.status.status_code is StatusCode.UNSET
+    assert switch.links == ()  # who waited had no span to link to
+
+
+@pytest.mark.anyio
+async def test_the_configured_name_is_told_beside_the_alias_that_was_used() -> None:
+    recorded = Recorded()
+    pool = Pool(awake="a", aliases={"gpt": "a"}, telemetry=recorded.telemetry)
+    await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(b'{"model": "gpt"}'))
+    [request] = recorded.named("llmux.request")
+    assert request.attributes is not None
+    assert (request.attributes["gen_ai.request.model"], request.attributes["llmux.model"]) == ("gpt", "a")
+
+
+@pytest.mark.anyio
 async def test_a_request_that_nothing_waits_for_has_no_switch_and_errors_of_clients_are_told() -> None:
     recorded = Recorded()
     pool = Pool(awake="a", telemetry=recorded.telemetry)
@@ -189,6 +249,21 @@ def test_a_request_sent_before_the_one_ahead_of_it_has_ended_has_a_trace_of_its_
     assert len({ids(span)[0] for span in (first, second, third)}) == 3
 
 
+def test_a_stream_that_breaks_is_an_error_of_its_span_though_its_status_is_200() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.chunk(b"data: 1\n\n")
+        raise RuntimeError("the engine died")
+
+    with traced("asyncio", script) as (url, recorded):
+        assert b"upstream_error" in httpx.post(url + "/v1/completions", json={"model": "a", "stream": True}).content
+    [request] = recorded.named("llmux.request")
+    assert request.status.status_code is StatusCode.ERROR
+    assert request.attributes is not None
+    assert request.attributes["error.type"] == "UpstreamError"
+    assert [event.name for event in request.events] == ["exception"]
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_only_a_client_that_leaves_before_its_answer_is_complete_is_said_to_have_left(loop: EventLoop) -> None:
     left = threading.Event()
@@ -229,7 +304,12 @@ def test_traceparent_reaches_the_backend_as_a_child_of_the_request() -> None:
         with serve(llm) as served:
             sent = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"}
             assert httpx.post(served + "/v1/completions", json={"model": "a"}, headers=sent).status_code == 200
+            with recorded.provider.get_tracer("host").start_as_current_span("host"):
+                headers_of_a_host: list[tuple[bytes, bytes]] = [(b"traceparent", b"old"), (b"tracestate", b"a=b"), (b"x", b"y")]
+                inject_headers(headers_of_a_host)
+        assert [name for name, _ in headers_of_a_host] == [b"x", b"traceparent"]
         headers = dict(plain.a.requests[0].headers)
+        assert [name for name, _ in plain.a.requests[0].headers].count(b"traceparent") == 1
         assert plain.chat().status_code == 200  # without an SDK: passed on as it came
         plain.client.post("/v1/completions", json={"model": "a"}, headers=sent)
         untouched = dict(plain.a.requests[-1].headers)
