@@ -90,7 +90,7 @@ class _HeaderSetter(Setter[Headers]):
 
 _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
 
-_SERVING = otel_context.create_key("llmux_asgi.serving")
+_SERVING_KEY = otel_context.create_key("llmux_asgi.serving")
 """In OpenTelemetry's context: the headers of the request that is being served."""
 
 
@@ -108,11 +108,11 @@ class Telemetry:
     def request(self, headers: Headers, attributes: Attributes) -> Iterator[Span]:
         """Open the span of a request: a child of the host's span if it has one, else of the caller's `traceparent`."""
         current = otel_context.get_current()
-        if current.get(_SERVING, headers) is not headers:
+        if current.get(_SERVING_KEY, headers) is not headers:
             # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
             # in there is this request's. What stays the same while a host hands a request on is its list of headers.
             current = Context()
-        token = otel_context.attach(otel_context.set_value(_SERVING, headers, current))
+        token = otel_context.attach(otel_context.set_value(_SERVING_KEY, headers, current))
         try:
             hosted = trace.get_current_span().get_span_context().is_valid
             context = None if hosted else extract(headers, context=Context(), getter=_GETTER)

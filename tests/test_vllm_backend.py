@@ -327,7 +327,7 @@ async def test_every_address_must_refuse(httpx_mock: HTTPXMock) -> None:
         cause.__cause__ = ExceptionGroup("", errors)
         error = httpx.ConnectError("failed")
         error.__cause__ = cause
-        httpx_mock.add_exception(error)
+        httpx_mock.add_exception(error, is_reusable=True)
         backend = VLLMBackend(URL)
         if gone:
             assert await backend.state() is BackendState.UNREACHABLE
@@ -348,11 +348,27 @@ async def test_an_answer_that_says_nothing_is_never_guessed_at(httpx_mock: HTTPX
     await backend.aclose()
 
 
-async def test_a_connection_that_breaks_is_an_error_of_its_call(httpx_mock: HTTPXMock) -> None:
+async def test_a_probe_whose_connection_breaks_is_sent_once_more(httpx_mock: HTTPXMock) -> None:
+    """A process that is ending breaks one connection and refuses the next."""
+    httpx_mock.add_exception(httpx.RemoteProtocolError("server disconnected"))
+    httpx_mock.add_exception(httpx.ReadError("reset"))
+    backend = VLLMBackend(URL)
+    with pytest.raises(BackendError, match="GET /version failed: reset"):
+        await backend.state()
+    refused = httpx.ConnectError("refused")
+    refused.__cause__ = ConnectionRefusedError(111, "refused")
+    httpx_mock.add_exception(httpx.ReadError("reset"))
+    httpx_mock.add_exception(refused)
+    assert await backend.state() is BackendState.UNREACHABLE
+    await backend.aclose()
+
+
+async def test_a_step_whose_connection_breaks_is_not_sent_again(httpx_mock: HTTPXMock) -> None:
     httpx_mock.add_exception(httpx.RemoteProtocolError("server disconnected"))
     backend = VLLMBackend(URL)
-    with pytest.raises(BackendError, match="GET /version failed: server disconnected"):
-        await backend.state()
+    with pytest.raises(BackendError, match="POST /sleep failed: server disconnected"):
+        await backend.sleep(1)
+    assert len(httpx_mock.get_requests()) == 1
     await backend.aclose()
 
 

@@ -125,14 +125,14 @@ class VLLMBackend:
         await self._post("/reset_prefix_cache")
 
     async def _is_sleeping(self) -> bool:
-        response = await self._call("GET", "/is_sleeping", timeout=self._timeouts.probe)
+        response = await self._ask("/is_sleeping")
         try:
             return msgspec.json.decode(response.content, type=_IsSleeping).is_sleeping
         except msgspec.DecodeError as exc:
             raise BackendError(f"{self.url}: GET /is_sleeping gave no usable answer: {exc}") from None
 
     async def _supported_version(self) -> _Version:
-        response = await self._call("GET", "/version", timeout=self._timeouts.probe)
+        response = await self._ask("/version")
         try:
             text = msgspec.json.decode(response.content, type=_VersionAnswer).version
         except msgspec.DecodeError as exc:
@@ -158,6 +158,18 @@ class VLLMBackend:
                 return level
         return None
 
+    async def _ask(self, path: str) -> httpx.Response:
+        """Send a probe, and once more if its connection breaks: a process that is ending may accept one to the last."""
+        try:
+            return await self._call("GET", path, timeout=self._timeouts.probe)
+        except BackendUnreachableError:
+            raise
+        except BackendError as exc:
+            if not isinstance(exc.__cause__, (httpx.NetworkError, httpx.RemoteProtocolError)):
+                raise
+        await anyio.sleep(_POLL_LONGEST)
+        return await self._call("GET", path, timeout=self._timeouts.probe)
+
     async def _post(self, path: str, params: dict[str, str] | None = None, *, json: object = None) -> None:
         # The step's own limit, set by the caller, is the one that counts.
         await self._call("POST", path, params=params, json=json, timeout=None)
@@ -174,12 +186,16 @@ class VLLMBackend:
         if self._client is None:
             # No connection is kept: switches are rarer than a server's keep-alive timeout, and a stale one would fail the
             # switch. trust_env is off so that a proxy of the environment never sees control calls.
-            self._client = httpx.AsyncClient(trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
-        limits = httpx.Timeout(None, connect=self._timeouts.connect)
+            # To load the certificates takes 20 ms in which the event loop stands still: only where there is need to.
+            limits = httpx.Limits(max_keepalive_connections=0)
+            self._client = httpx.AsyncClient(trust_env=False, limits=limits, verify=self.url.startswith("https:"))
+        timeouts = httpx.Timeout(None, connect=self._timeouts.connect)
         call = f"{method} {path}"
         try:
             with anyio.fail_after(timeout):
-                response = await self._client.request(method, self.url + path, params=params or None, json=json, timeout=limits)
+                response = await self._client.request(
+                    method, self.url + path, params=params or None, json=json, timeout=timeouts
+                )
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             if isinstance(exc, httpx.ConnectTimeout) or not _refused(exc):
                 raise BackendTimeoutError(f"{self.url}: no connection for {call}: {exc or 'timed out'}") from exc

@@ -169,12 +169,12 @@ class Engine:
         async with self._control:
             return self.sleeping
 
-    async def sleep(self, level: int, mode: str, *, leak: bool = False) -> None:
-        """Pause as `mode` says, then put the executor to sleep; `leak` leaves its memory taken."""
+    async def sleep(self, level: int, mode: str, *, leak: bool = False, extra: float = 0.0) -> None:
+        """Pause as `mode` says, then put the executor to sleep; `leak` leaves its memory taken, `extra` seconds are added."""
         done: asyncio.Future[None] = self._loop.create_future()
 
         def when_paused() -> None:
-            self._spawn(self._sleep_when_paused(level, leak, done))
+            self._spawn(self._sleep_when_paused(level, leak, extra, done))
 
         await self._pause_scheduler(mode, when_paused if level else lambda: done.set_result(None))
         await done
@@ -193,8 +193,8 @@ class Engine:
             self.crash(_ILLEGAL_ACCESS)
         self._admit()
 
-    async def wake_up(self, tags: list[str] | None, *, oom: bool = False) -> bool:
-        """Bring back the memory of `tags` (None: of all); tell whether the engine is fully awake.
+    async def wake_up(self, tags: list[str] | None, *, oom: bool = False, extra: float = 0.0) -> bool:
+        """Bring back the memory of `tags` (None: of all), `extra` seconds later; tell whether the engine is fully awake.
 
         Raises `GpuOutOfMemoryError` and leaves the engine half-woken when the GPU has too little memory left.
         """
@@ -204,6 +204,7 @@ class Engine:
             if wanted is None or wanted:
                 self._executor_busy = True
                 try:
+                    await asyncio.sleep(extra)
                     await self._executor_wake(wanted, oom)
                 finally:
                     self._executor_busy = False
@@ -278,21 +279,21 @@ class Engine:
         for callback in callbacks:
             callback()
 
-    async def _sleep_when_paused(self, level: int, leak: bool, done: asyncio.Future[None]) -> None:
+    async def _sleep_when_paused(self, level: int, leak: bool, extra: float, done: asyncio.Future[None]) -> None:
         async with self._control:
             self._executor_busy = True
             try:
-                await self._executor_sleep(level, leak)
+                await self._executor_sleep(level, leak, extra)
             finally:
                 self._executor_busy = False
             self._admit()
         done.set_result(None)
 
-    async def _executor_sleep(self, level: int, leak: bool) -> None:
+    async def _executor_sleep(self, level: int, leak: bool, extra: float) -> None:
         if "weights" in self._asleep or self.dead:
             return  # vLLM: "Executor is already sleeping."
         self.record("sleep_begin", f"level {level}")
-        await asyncio.sleep(self.options.sleep_seconds if level == 1 else self.options.sleep_l2_seconds)
+        await asyncio.sleep(extra + (self.options.sleep_seconds if level == 1 else self.options.sleep_l2_seconds))
         self._asleep = set(_TAGS)
         self._level = level
         if self.options.sleep_mode:

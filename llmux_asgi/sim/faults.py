@@ -5,7 +5,7 @@ counted from 1 since the fault was added (at start or by `POST /sim/faults`), or
 
     fail, 503    answers 500, or that status; nothing happens
     hang         does nothing and never answers, until the client leaves
-    delay=S      waits S seconds, then goes on as usual
+    delay=S      takes S seconds longer; sleep and wake in their turn, as an engine carries out one after the other
     die          the process ends at once, without a word
     crash        the engine dies: /health says 503, soon the process ends
     lie          (sleep, wake) answers 200 and does nothing

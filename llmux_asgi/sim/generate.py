@@ -103,7 +103,7 @@ async def strike(engine: Engine, faults: FaultPlan, kind: str, receive: Receive)
     if fault.action == "hang":
         await wait_until_gone(receive)
         raise HttpError(499, "client disconnected")
-    if fault.action == "delay":
+    if fault.action == "delay" and kind not in ("sleep", "wake"):
         await asyncio.sleep(fault.value)
         return None
     return fault

@@ -132,8 +132,9 @@ class SimVLLM:
         mode = self._mode(query) if behaviour.has_modes else "abort"
         fault = await strike(self.engine, self._faults, "sleep", receive)
         self._check_alive()
-        if fault is None or fault.action == "leak":
-            await self.engine.sleep(level, mode, leak=fault is not None)
+        action, value = (fault.action, fault.value) if fault is not None else ("", 0.0)
+        if action != "lie":
+            await self.engine.sleep(level, mode, leak=action == "leak", extra=value)
         if behaviour.sleep_answers_json:
             await send_json(send, {"status": "sleeping", "level": level})
         else:
@@ -143,10 +144,11 @@ class SimVLLM:
         tags = query.get("tags")
         fault = await strike(self.engine, self._faults, "wake", receive)
         self._check_alive()
+        action, value = (fault.action, fault.value) if fault is not None else ("", 0.0)
         awake = True
-        if fault is None or fault.action == "oom":
+        if action != "lie":
             try:
-                awake = await self.engine.wake_up(tags, oom=fault is not None)
+                awake = await self.engine.wake_up(tags, oom=action == "oom", extra=value)
             except GpuOutOfMemoryError as error:
                 raise HttpError(500, f"Call to wake_up method failed: {error}") from None
         if self.engine.behaviour.sleep_answers_json:

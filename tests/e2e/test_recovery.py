@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 import httpx
+import msgspec
 import pytest
 
 from llmux_asgi import FifoPolicy, LLMuxError, ModelSwitcher, TimeoutsConfig, VLLMBackend
@@ -27,7 +28,8 @@ class Trio:
 
 @contextmanager
 def three_servers(path: Path) -> Iterator[Trio]:
-    with start_sims(*(SimOptions(name=name, gpu=str(path), start_asleep=1) for name in "abc")) as sims:
+    model = SimOptions(name="", gpu=str(path), start_asleep=1, sleep_seconds=0.002, wake_seconds=0.002, wake_l2_seconds=0.002)
+    with start_sims(*(msgspec.structs.replace(model, name=name) for name in "abc")) as sims:
         yield Trio({sim.name: sim for sim in sims}, GpuLedger(path))
 
 
@@ -49,10 +51,9 @@ def put_to_sleep(servers: Trio, level: int) -> None:
                 client.post(sim.url + call, json=body).raise_for_status()
 
 
-async def text_from(sim: SimProcess) -> str:
-    async with httpx.AsyncClient(timeout=10) as client:
-        body = {"model": sim.name, "prompt": "who are you?", "max_tokens": 8}
-        response = await client.post(f"{sim.url}/v1/completions", json=body)
+async def text_from(sim: SimProcess, client: httpx.AsyncClient) -> str:
+    body = {"model": sim.name, "prompt": "who are you?", "max_tokens": 8}
+    response = await client.post(f"{sim.url}/v1/completions", json=body)
     return str(response.raise_for_status().json()["choices"][0]["text"])
 
 
@@ -63,12 +64,13 @@ async def take_turns(servers: Trio, turns: str, level: int, timeouts: dict[str, 
     answers: dict[str, list[str]] = {name: [] for name in servers.sims}
     seen = len(servers.ledger.events())
     with anyio.fail_after(30):
-        for name in turns:
-            try:
-                async with switcher.lease(name):
-                    answers[name].append(await text_from(servers.sims[name]))
-            except LLMuxError:
-                answers[name].append("")
+        async with httpx.AsyncClient(timeout=10) as client:
+            for name in turns:
+                try:
+                    async with switcher.lease(name):
+                        answers[name].append(await text_from(servers.sims[name], client))
+                except LLMuxError:
+                    answers[name].append("")
         await switcher.aclose()
     events = servers.ledger.events()[seen:]
     assert max(len(event.awake) for event in events) <= 1
@@ -79,28 +81,29 @@ async def take_turns(servers: Trio, turns: str, level: int, timeouts: dict[str, 
 @pytest.mark.parametrize(
     ("level", "fault", "timeouts", "errors"),
     [
-        (1, "wake:1:oom", {}, 1),  # weights on the GPU, no KV cache: it says that it sleeps, and its /sleep frees nothing
-        (1, "wake:1:fail", {}, 1),
-        (1, "wake:1:delay=0.4", {"wake": 0.2}, 1),  # awake after all, when nobody waits for it any more
-        (2, "reload:1:fail", {}, 1),  # weights on the GPU, and nothing in them
-        (2, "wake:2:oom", {}, 1),
-        (1, "sleep:1:delay=0.4", {"sleep": 0.2, "probe": 0.3}, 1),  # asleep after all, when it was believed to be awake
-        (1, "sleep:1:hang", {"sleep": 0.2}, 1),
-        (1, "sleep:1:fail", {}, 1),
-        (1, "is_sleeping:1:fail", {}, 0),
+        (1, "wake:1:oom", {}, [1]),  # weights on the GPU, no KV cache: it says that it sleeps, and its /sleep frees nothing
+        (1, "wake:1:fail", {}, [1]),
+        (1, "wake:1:delay=1", {"wake": 0.5}, [1]),  # awake after all, when nobody waits for it any more
+        (2, "reload:1:fail", {}, [1]),  # weights on the GPU, and nothing in them
+        (2, "wake:2:oom", {}, [1]),
+        (1, "sleep:1:delay=1", {"sleep": 0.5}, [0]),  # asleep after all, as it says itself
+        (1, "sleep:1:delay=1", {"sleep": 0.5, "probe": 0.1}, range(1, 9)),  # ... when it can say so again
+        (1, "sleep:1:hang", {"sleep": 0.5}, [1]),
+        (1, "sleep:1:fail", {}, [1]),
+        (1, "is_sleeping:1:fail", {}, [0]),
     ],
 )
 async def test_a_fault_costs_a_request_and_nothing_else(
-    shared: Trio, level: int, fault: str, timeouts: dict[str, float], errors: int, caplog: pytest.LogCaptureFixture
+    shared: Trio, level: int, fault: str, timeouts: dict[str, float], errors: Collection[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Never two models in memory, no request on a sleeper, no garbage, and all three answer again."""
     put_to_sleep(shared, level)
     shared.sims["b"].add_faults(fault)
-    answers = await take_turns(shared, "abcabcabacbcab", level, timeouts)
+    answers = await take_turns(shared, "abcabcbacbcab", level, timeouts)
     assert caplog.records, "the fault did not strike"
     # A model always says the same; garbage would be something else.
     assert {name: len(set(texts) - {""}) for name, texts in answers.items()} == {"a": 1, "b": 1, "c": 1}
-    assert sum(texts.count("") for texts in answers.values()) == errors
+    assert sum(texts.count("") for texts in answers.values()) in errors
     assert all(texts[-2:].count("") == 0 for texts in answers.values())
 
 

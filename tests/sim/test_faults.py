@@ -83,6 +83,20 @@ def test_hang_never_answers_until_the_client_leaves() -> None:
         assert vllm.complete()
 
 
+def test_a_delayed_step_keeps_its_place_and_is_carried_out_though_nobody_waits_for_it() -> None:
+    """An engine carries out one control call after the other."""
+    with start_sim("a", faults=["sleep:1:delay=0.3", "wake:2:delay=0.3"]) as sim, Driver(sim.url, "a") as vllm:
+        with pytest.raises(httpx.ReadTimeout):
+            vllm.post("/sleep", timeout=0.1)
+        assert vllm.wake().json()["status"] == "awake"
+        assert (sim.state().sleeps, vllm.is_sleeping()) == (1, False)
+        vllm.sleep()
+        with pytest.raises(httpx.ReadTimeout):
+            vllm.post("/wake_up", timeout=0.1)
+        assert vllm.sleep().status_code == 200
+        assert (sim.state().wakes, vllm.is_sleeping()) == (2, True)
+
+
 @pytest.mark.parametrize("fault", ["sleep:1:die", "wake:1:die", "request:1:die"])
 def test_die_ends_the_process_at_once(fault: str) -> None:
     path = {"sleep": "/sleep", "wake": "/wake_up", "request": "/v1/completions"}[fault.partition(":")[0]]
