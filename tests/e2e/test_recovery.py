@@ -28,7 +28,9 @@ class Trio:
 
 @contextmanager
 def three_servers(path: Path) -> Iterator[Trio]:
-    model = SimOptions(name="", gpu=str(path), start_asleep=1, sleep_seconds=0.002, wake_seconds=0.002, wake_l2_seconds=0.002)
+    model = SimOptions(
+        name="any", gpu=str(path), start_asleep=1, sleep_seconds=0.002, wake_seconds=0.002, wake_l2_seconds=0.002
+    )
     with start_sims(*(msgspec.structs.replace(model, name=name) for name in "abc")) as sims:
         yield Trio({sim.name: sim for sim in sims}, GpuLedger(path))
 
