@@ -1,4 +1,4 @@
-"""The gateway with its traces sent to Jaeger. Needs `pip install 'llmux-asgi[server,yaml,otlp]'`.
+"""The gateway with its traces sent to Jaeger. Needs `pip install '.[server,yaml,otlp]'`.
 
     docker compose --file examples/compose.yaml up --detach
     uvicorn --app-dir examples tracing:app

@@ -86,7 +86,7 @@ class Servers:
         asleep = {model for model in others if self._known.get(model) is BackendState.ASLEEP and self.is_sound(model)}
         for model, exc in (await self.look_at(others)).items():
             if model not in asleep:
-                raise exc
+                raise BackendError(f"the model {model!r} may be in memory, its server gives no clear answer: {exc}") from exc
             self._known[model] = BackendState.ASLEEP
             logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
         awake = [model for model in others if self.says_awake(model)]

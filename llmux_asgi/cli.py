@@ -105,5 +105,5 @@ def _fail(message: str, status: int) -> None:
 def main() -> None:
     """Entry point of `llmux-asgi`."""
     if _missing is not None:
-        _fail(f"llmux-asgi: {_missing}: pip install 'llmux-asgi[cli]'", 2)
+        _fail(f"llmux-asgi: {_missing}: install it with its extra 'cli', in a checkout: pip install '.[cli]'", 2)
     app()

@@ -218,7 +218,7 @@ def _yaml(data: bytes) -> Any:
     try:
         import yaml  # an optional dependency, and not a quick one to import
     except ImportError:
-        raise ConfigError("$: reading YAML needs PyYAML: pip install 'llmux-asgi[yaml]'") from None
+        raise ConfigError("$: reading YAML needs PyYAML: pip install pyyaml") from None
     try:
         _refuse_duplicates(yaml.compose(data, yaml.SafeLoader), "$")
         return yaml.load(data, yaml.SafeLoader)

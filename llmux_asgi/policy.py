@@ -122,7 +122,7 @@ class SwitchPolicy(Protocol):
 
 
 class FifoPolicy(SwitchPolicy):
-    """Switch to whichever model has waited longest, as soon as `min_active_duration` allows. The default of llmux 0.3.
+    """Switch to whichever model has waited longest, as soon as `min_active_duration` allows.
 
     Bound on a wait, with N models, switch cost C (sleep + wake, seconds), drain deadline D and min_active_duration M:
     (N - 1) * (M + D + C) + M + D + C. Without `drain_timeout` D is the longest running answer.

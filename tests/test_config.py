@@ -204,7 +204,7 @@ def test_yaml_without_pyyaml_says_what_to_install(tmp_path: Path, monkeypatch: p
     path = tmp_path / "c.yaml"
     path.write_text(YAML)
     monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ConfigError, match=r"pip install 'llmux-asgi\[yaml\]'"):
+    with pytest.raises(ConfigError, match=r"pip install pyyaml"):
         load_config(path)
 
 

@@ -87,7 +87,7 @@ async def test_a_third_model_of_unknown_state_blocks_the_wake_before_anything_is
         second = run.send("b")
         await second.done.wait()
         assert isinstance(second.error, SwitchError)
-        assert "fake://c" in str(second.error)
+        assert "the model 'c' may be in memory, its server gives no clear answer: fake://c: " in str(second.error)
     assert pool.gpu.events == []
     assert pool.gpu.awake == {"a"}
 

@@ -239,5 +239,5 @@ def test_without_its_extra_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from llmux_asgi.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'llmux-asgi[cli]'" in done.stderr
+    assert "pip install '.[cli]'" in done.stderr
     assert len(done.stderr.splitlines()) == 1
