@@ -37,6 +37,10 @@ class Backoff:
         """Forget the failures of `model`."""
         self._failures.pop(model, None)
 
+    def has_failed(self, model: str) -> bool:
+        """Say whether the last switch to `model` failed."""
+        return model in self._failures
+
     def pausing(self, model: str, now: float) -> Failure | None:
         """Return the failure because of which `model` is to be left alone now, if there is one."""
         failure = self._failures.get(model)

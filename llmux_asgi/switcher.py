@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -392,13 +392,33 @@ class ModelSwitcher:
 
     async def _prepare(self, origin: str | None, to: str) -> bool:
         """Do what precedes the point of no return. Returns whether it was passed; not if nobody waits for `to` any more."""
+        error: Exception | None = None
+
+        async def run(step: Callable[[], Awaitable[None]]) -> None:
+            nonlocal error
+            try:
+                await step()
+            except Exception as exc:  # noqa: BLE001 - raised again below, where no task group wraps it
+                error = error or exc
+                steps.cancel_scope.cancel()
+
+        async def make_room() -> None:
+            await self._cool_down(origin)
+            self._state.drain()
+            await self._drain(origin, to)
+
+        look = partial(self._servers.require_reachable, to)
         with anyio.CancelScope() as scope:
             self._give_up = scope
             try:
-                await self._servers.require_reachable(to)
-                await self._cool_down(origin)
-                self._state.drain()
-                await self._drain(origin, to)
+                # Beside the drain, so that it costs no time; but the gate is not closed twice for a model that does not answer.
+                if self._backoff.has_failed(to):
+                    await look()
+                async with anyio.create_task_group() as steps:
+                    steps.start_soon(run, look)
+                    await run(make_room)
+                if error is not None:
+                    raise error
             finally:
                 self._give_up = None
         return not scope.cancel_called and self._state.commit()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 
+import anyio.lowlevel
 import pytest
 
 from llmux_asgi import (
     BackendError,
     BackendUnreachableError,
+    Phase,
     SwitchError,
 )
-from tests.support.pool import Pool, running, until_settled
+from tests.support.pool import Pool, running, until_phase, until_settled, until_waiting
 
 pytestmark = pytest.mark.anyio
 
@@ -29,6 +31,43 @@ async def test_an_unreachable_target_fails_its_waiters_and_leaves_the_active_mod
         first.finish.set()
     assert pool.gpu.events == []
     assert pool.switcher.statistics().failures == 1
+
+
+async def test_a_target_that_fails_to_answer_ends_the_drain_and_who_was_held_up_by_it_is_served() -> None:
+    pool = Pool(awake="a")
+    async with running(pool) as run:
+        first = await run.served("a")
+        gate = pool.backends["b"].gate("state")
+        pool.backends["b"].fail("state", BackendError("fake://b: no answer"))
+        second = run.send("b")
+        await gate.entered.wait()
+        await until_phase(pool, Phase.DRAIN)
+        held_up = run.send("a")
+        await until_waiting(pool, "a", 1)
+        gate.open.set()
+        await second.done.wait()
+        assert isinstance(second.error, SwitchError)
+        await held_up.granted.wait()
+        held_up.finish.set()
+        first.finish.set()
+    assert pool.gpu.events == []
+
+
+async def test_no_switch_begins_before_its_target_has_answered_and_the_gate_stays_open_if_it_has_failed_before() -> None:
+    pool = Pool(awake="a", backoff=(0.0, 0.0))
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        for failed_before in (False, True):
+            gate = pool.backends["b"].gate("state")
+            pool.backends["b"].fail("state", BackendError("fake://b: no answer"))
+            second = run.send("b")
+            await gate.entered.wait()
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+            assert pool.switcher.statistics().phase is (Phase.COOLDOWN if failed_before else Phase.DRAIN)
+            assert pool.gpu.events == []
+            gate.open.set()
+            await second.done.wait()
 
 
 async def test_a_failed_sleep_abandons_the_switch_and_the_model_still_awake_goes_on() -> None:
