@@ -84,7 +84,11 @@ async def wait_for(event: threading.Event, limit: float = 5.0) -> None:
 
 @contextmanager
 def closing_server(answer: bytes, hold: Callable[[], None] = lambda: None) -> Iterator[tuple[str, list[bytes]]]:
-    """A server that reads a request, calls `hold`, sends `answer` and closes the connection. Keeps the requests."""
+    """A server that reads a request, calls `hold`, sends `answer`, and closes the connection when more comes.
+
+    That is what a kept connection may turn out to be: closed in the moment in which the next request is sent. It closes at
+    once if `answer` is empty. Keeps the requests.
+    """
     requests: list[bytes] = []
 
     def run() -> None:
@@ -101,6 +105,8 @@ def closing_server(answer: bytes, hold: Callable[[], None] = lambda: None) -> It
                 requests.append(request)
                 hold()
                 connection.sendall(answer)
+                if answer:
+                    connection.recv(1)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=run, daemon=True)
