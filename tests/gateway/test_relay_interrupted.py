@@ -16,6 +16,27 @@ from tests.support.eventually import eventually
 from tests.support.serve import EventLoop
 from tests.support.upstream import Exchange, closing_server, wait_for
 
+
+def interrupt(served: Gateway) -> None:
+    """Have the model a put to sleep, by a request for the other one."""
+    with httpx.Client(base_url=served.url, timeout=10) as other:
+        assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
+
+
+def interrupted_answer(
+    served: Gateway, arrived: threading.Event, asleep: threading.Event, path: str = "/v1/chat/completions", **body: object
+) -> httpx.Response:
+    """Return what becomes of a request for the model a that is put to sleep when it has `arrived`; sets `asleep` then."""
+    responses: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: responses.append(served.client.post(path, json={"model": "a", **body})))
+    thread.start()
+    assert arrived.wait(5)
+    interrupt(served)
+    asleep.set()
+    thread.join(10)
+    return responses[0]
+
+
 ABORTED_EVENT = b'data: {"choices":[{"delta":{},"finish_reason":"abort"}]}\n\ndata: [DONE]\n\n'
 
 
@@ -93,20 +114,13 @@ def test_a_plain_answer_that_a_switch_cut_short_is_a_503_and_a_whole_one_is_not(
 
     with gateway(loop, policy={"drain": False}) as served:
         served.a.script, served.b.script = script, echo
-        responses: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: responses.append(served.chat("a")))
-        thread.start()
-        assert arrived.wait(5)
-        with httpx.Client(base_url=served.url) as other:
-            assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
-        aborted.set()
-        thread.join(5)
-        assert responses[0].status_code == status
+        response = interrupted_answer(served, arrived, aborted)
+        assert response.status_code == status
         if status == 503:
-            assert responses[0].json()["error"]["code"] == "request_interrupted"
-            assert responses[0].headers["retry-after"] == "1"
+            assert response.json()["error"]["code"] == "request_interrupted"
+            assert response.headers["retry-after"] == "1"
         else:
-            assert responses[0].content == answer
+            assert response.content == answer
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -126,15 +140,9 @@ def test_a_request_that_the_sleeping_server_never_ends_is_ended_by_the_gateway(
 
     with gateway(loop, policy={"drain": False}) as served:
         served.a.script, served.b.script = script, echo
-        responses: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: responses.append(served.chat("a", stream=begun)))
-        thread.start()
-        assert arrived.wait(5)
-        with httpx.Client(base_url=served.url) as other:
-            assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
-        thread.join(5)
-        assert b"request_interrupted" in responses[0].content
-        assert responses[0].status_code == (200 if begun else 503)
+        response = interrupted_answer(served, arrived, threading.Event(), stream=begun)
+        assert b"request_interrupted" in response.content
+        assert response.status_code == (200 if begun else 503)
         counts_come_back_to_zero(served)
 
 
@@ -149,22 +157,8 @@ def test_an_answer_that_cannot_say_that_it_was_aborted_is_not_trusted(loop: Even
 
     with gateway(loop, policy={"drain": False}) as served:
         served.a.script, served.b.script = script, echo
-        responses: list[httpx.Response] = []
-        send = lambda: responses.append(served.client.post("/v1/responses", json={"model": "a"}))  # noqa: E731
-        thread = threading.Thread(target=send)
-        thread.start()
-        assert arrived.wait(5)
-        with httpx.Client(base_url=served.url) as other:
-            assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
-        aborted.set()
-        thread.join(5)
-        assert responses[0].status_code == 503
-
-
-def interrupt(served: Gateway) -> None:
-    """Have the model a put to sleep, by a request for the other one."""
-    with httpx.Client(base_url=served.url, timeout=10) as other:
-        assert other.post("/v1/chat/completions", json={"model": "b"}).status_code == 200
+        response = interrupted_answer(served, arrived, aborted, "/v1/responses")
+        assert response.status_code == 503
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 500 Oops\r\ncontent-length: 2\r\n\r\n{}"])
@@ -180,15 +174,9 @@ def test_a_server_that_breaks_off_after_the_sleep_has_been_interrupted_and_is_no
     with gateway(loop, policy={"drain": False}) as served, closing_server(answer, hold) as (url, _):
         served.b.script = echo
         relay_to(served, url)
-        responses: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: responses.append(served.chat("a")))
-        thread.start()
-        assert arrived.wait(5)
-        interrupt(served)
-        asleep.set()
-        thread.join(5)
-        assert (responses[0].status_code, responses[0].json()["error"]["code"]) == (503, "request_interrupted")
-        assert responses[0].headers["retry-after"] == "1"
+        response = interrupted_answer(served, arrived, asleep)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "request_interrupted")
+        assert response.headers["retry-after"] == "1"
         assert served.app.switcher.statistics().active_model == "b"
 
 
@@ -203,14 +191,8 @@ def test_an_error_of_the_servers_own_is_passed_on_though_a_switch_came_between(l
 
     with gateway(loop, policy={"drain": False}) as served:
         served.a.script, served.b.script = script, echo
-        responses: list[httpx.Response] = []
-        thread = threading.Thread(target=lambda: responses.append(served.chat("a")))
-        thread.start()
-        assert arrived.wait(5)
-        interrupt(served)
-        asleep.set()
-        thread.join(5)
-        assert (responses[0].status_code, responses[0].content) == (400, b'{"error": "too long"}')
+        response = interrupted_answer(served, arrived, asleep)
+        assert (response.status_code, response.content) == (400, b'{"error": "too long"}')
 
 
 @pytest.mark.parametrize(
