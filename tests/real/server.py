@@ -33,6 +33,7 @@ _ENVIRONMENT = {
 }
 
 _POLL_SECONDS = 0.1
+_ENGINE_NICENESS = 5
 
 
 class RealServerError(RuntimeError):
@@ -155,6 +156,9 @@ class RealServer:
                 )
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self.call("GET", "/health", timeout=2.0)[0] == 200:
+                    # On a busy machine the API server falls behind its engine and answers, control calls too, when that is
+                    # idle again: too late to catch a stream in its middle.
+                    os.setpriority(os.PRIO_PROCESS, self.engine_pid, _ENGINE_NICENESS)
                     return
             if time.monotonic() > deadline:
                 raise RealServerError(f"the vLLM server {self.name!r} was not ready in {timeout:g} s{self._tail()}")
