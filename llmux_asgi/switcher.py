@@ -412,10 +412,12 @@ class ModelSwitcher:
             self._give_up = scope
             try:
                 # Beside the drain, so that it costs no time; but the gate is not closed twice for a model that does not answer.
-                if self._backoff.has_failed(to):
+                wary = self._backoff.has_failed(to)
+                if wary:
                     await look()
                 async with anyio.create_task_group() as steps:
-                    steps.start_soon(run, look)
+                    if not wary:
+                        steps.start_soon(run, look)
                     await run(make_room)
                 if error is not None:
                     raise error

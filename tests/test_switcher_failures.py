@@ -168,6 +168,28 @@ async def test_after_a_failure_requests_fail_at_once_until_the_pause_is_over_and
     assert pool.gpu.events.count("wake a") == 5
 
 
+async def test_who_waited_for_a_switch_that_fails_is_told_when_the_next_attempt_is_allowed() -> None:
+    pool = Pool(backoff=(7.0, 30.0))
+    async with running(pool) as run:
+        pool.backends["a"].fail("wake", BackendError("no"))
+        first = run.send("a")
+        await first.done.wait()
+        assert isinstance(first.error, SwitchError)
+        assert first.error.retry_after == 7.0
+
+
+async def test_a_target_that_has_failed_before_is_asked_once_for_a_switch() -> None:
+    pool = Pool(awake="a", backoff=(0.0, 0.0))
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        pool.backends["b"].fail("state", BackendError("no answer"))
+        first = run.send("b")
+        await first.done.wait()
+        asked = pool.backends["b"].asked
+        (await run.served("b")).finish.set()
+    assert pool.backends["b"].asked == asked + 1
+
+
 async def test_a_success_ends_the_row_of_failures() -> None:
     now = 0.0
     pool = Pool(clock=lambda: now)

@@ -57,6 +57,7 @@ class FakeBackend:
         self.in_flight = 0
         self.levels: list[int] = []
         self.closed = 0
+        self.asked = 0
         if awake:
             gpu.awake.add(name)
 
@@ -96,6 +97,7 @@ class FakeBackend:
             raise BackendUnreachableError(f"fake://{self.name}: nothing listens there")
 
     async def state(self) -> BackendState:
+        self.asked += 1
         await self._step("state")
         if not self.reachable:
             return BackendState.UNREACHABLE
