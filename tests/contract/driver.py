@@ -116,7 +116,7 @@ class Driver:
 
     def __init__(self, url: str, name: str) -> None:
         self.name = name
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # vLLM closes idle ones
         self.client = httpx.Client(base_url=url, timeout=60, limits=limits, trust_env=False)
 
     def __enter__(self) -> Driver:
