@@ -196,7 +196,7 @@ class _Target:
 
     @classmethod
     def of(cls, name: str, model: ModelConfig) -> _Target:
-        parts = urlsplit(model.url)
+        parts = urlsplit(model.address)
         prefix = parts.path.rstrip("/").encode("ascii")
         return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, model.timeouts)
 

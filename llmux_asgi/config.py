@@ -8,7 +8,8 @@
         sleep_level: 1                  # default: the policy's
         timeouts: {sleep: 120, wake: 300}
       llama:
-        url: http://127.0.0.1:8002
+        command: [vllm, serve, llama-3, --port, "{port}"]   # started, stopped and restarted by the gateway
+        env: {CUDA_VISIBLE_DEVICES: "0"}
     policy: {name: fifo, min_active_duration: 5}
     limits: {max_body: 33554432}
 
@@ -33,6 +34,7 @@ from .exceptions import ConfigError
 __all__ = [
     "Config",
     "ConfigSource",
+    "HooksConfig",
     "LimitsConfig",
     "ModelConfig",
     "PolicyConfig",
@@ -44,10 +46,15 @@ __all__ = [
 # A finite number: a year is as good as for ever.
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
 PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
-SleepLevel: TypeAlias = Literal[1, 2]
+SleepLevel: TypeAlias = Literal[1, 2, 3]
+ServerKind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama"]
 PolicyName: TypeAlias = Literal["fifo"]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
+_Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 _T = TypeVar("_T")
+
+_ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
+"""Kinds of servers of which one serves several models."""
 
 
 class _ValueConfigError(ConfigError, ValueError):
@@ -65,39 +72,97 @@ class TimeoutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     probe: Annotated[PositiveSeconds, Meta(description="One question to the server (is_sleeping, version).")] = 5.0
     sleep: Annotated[PositiveSeconds, Meta(description="Putting the model to sleep, confirmation included.")] = 120.0
     wake: Annotated[PositiveSeconds, Meta(description="Waking the model, reload of the weights included.")] = 300.0
+    start: Annotated[PositiveSeconds, Meta(description="Starting the model's process, until it takes requests.")] = 900.0
+    stop: Annotated[Seconds, Meta(description="From asking the model's process to end until it is killed.")] = 10.0
     read: Annotated[
         PositiveSeconds | None, Meta(description="Silence of the server in the middle of an answer; null: no limit.")
     ] = 600.0
 
 
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model and the vLLM server that serves it."""
+class HooksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Commands that switch a server which has no sleep API. Each runs without a shell; exit status 0 is success.
 
-    url: Annotated[_Name, Meta(description="Root of the vLLM server, http://host:port; without /v1.")]
+    They find the model's name in the environment as `LLMUX_MODEL`, its URL as `LLMUX_URL`, and `sleep` the level as
+    `LLMUX_SLEEP_LEVEL`.
+    """
+
+    wake: Annotated[_Command, Meta(description="Wakes the model; returns when it takes requests.")]
+    sleep: Annotated[_Command, Meta(description="Puts the model to sleep; returns when it is out of memory.")]
+    alive: Annotated[_Command, Meta(description="Exit status 0: awake, 1: asleep, anything else: not known.")]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model and the server that serves it: one that runs at `url`, or one that the gateway starts by `command`."""
+
+    url: Annotated[
+        _Name | None,
+        Meta(description="Root of the server, http://host:port; without /v1. null: 127.0.0.1 and a free port, for `command`."),
+    ] = None
+    command: Annotated[
+        _Command | None,
+        Meta(description="Starts the server; {port} stands for the port. null: it is started by somebody else."),
+    ] = None
+    env: Annotated[dict[_Name, str], Meta(description="Environment of the command, beside the gateway's own.")] = {}
+    cwd: Annotated[_Name | None, Meta(description="Working folder of the command; null: the gateway's.")] = None
+    preload: Annotated[bool, Meta(description="Start the command with the gateway, not at the first request.")] = False
+    server: Annotated[ServerKind, Meta(description="What kind of server it is.")] = "vllm"
+    hooks: Annotated[HooksConfig | None, Meta(description="Commands that switch it, in place of its own API.")] = None
     served_name: Annotated[
         _Name | None, Meta(description="The name that the server knows the model by; null: the same name.")
     ] = None
     aliases: Annotated[tuple[_Name, ...], Meta(description="Further names that clients may use.")] = ()
     sleep_level: Annotated[
         SleepLevel | None,
-        Meta(description="1 keeps the weights in CPU memory, 2 discards and reloads them; null: the policy's."),
+        Meta(description="1: weights kept in CPU memory, 2: discarded and reloaded, 3: process stopped; null: the policy's."),
     ] = None
+    retry: Annotated[
+        bool, Meta(description="Send a request once more if its server broke down before it had begun to answer.")
+    ] = False
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[!-~]+", self.url):  # urlsplit would silently drop some of these
-            raise _ValueConfigError("url", f"{self.url!r} has blanks, or characters that are not ASCII: percent-encode them")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise _ValueConfigError("url", f"{self.url!r} is not a URL such as http://127.0.0.1:8001")
-        try:
-            _ = parts.port
-        except ValueError as exc:
-            raise _ValueConfigError("url", f"{self.url!r}: {exc}") from None
-        if "@" in parts.netloc or "?" in self.url or "#" in self.url:
-            raise _ValueConfigError("url", f"{self.url!r} must be scheme, host, port and path only")
-        if "v1" in parts.path.split("/"):
-            raise _ValueConfigError("url", f"{self.url!r} must be the server's root: leave out /v1 and what follows it")
+        if self.url is not None:
+            _check_url(self.url)
+        if self.command is None:
+            self._refuse_what_needs_a_command()
+        elif self.url is None and not any("{port}" in each for each in (*self.command, *self.env.values())):
+            raise _ValueConfigError("command", "has no {port}: write it where the port belongs, or say in url where it listens")
+        elif self.url is not None and urlsplit(self.url).port is None:
+            raise _ValueConfigError("url", f"{self.url!r} must name the port that the command listens on")
+        if self.hooks is not None and self.command is not None:
+            raise _ValueConfigError("hooks", "cannot be combined with command: let the hooks start and stop the server")
+
+    @property
+    def address(self) -> str:
+        """The server's root without a slash at the end. Raises `ValueError` while the port of a command is open."""
+        if self.url is None:
+            raise ValueError("the port is not chosen yet")
+        return self.url.rstrip("/")
+
+    def _refuse_what_needs_a_command(self) -> None:
+        if self.url is None:
+            raise _ValueConfigError("url", "is missing: say where the server listens, or give a command that starts it")
+        for key, given in (("env", self.env), ("cwd", self.cwd), ("preload", self.preload)):
+            if given:
+                raise _ValueConfigError(key, "has no effect without a command")
+        if self.sleep_level == 3 and self.hooks is None:
+            raise _ValueConfigError("sleep_level", "3 stops the server's process, which only one with a command has")
+
+
+def _check_url(url: str) -> None:
+    if not re.fullmatch(r"[!-~]+", url):  # urlsplit would silently drop some of these
+        raise _ValueConfigError("url", f"{url!r} has blanks, or characters that are not ASCII: percent-encode them")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _ValueConfigError("url", f"{url!r} is not a URL such as http://127.0.0.1:8001")
+    try:
+        _ = parts.port
+    except ValueError as exc:
+        raise _ValueConfigError("url", f"{url!r}: {exc}") from None
+    if "@" in parts.netloc or "?" in url or "#" in url:
+        raise _ValueConfigError("url", f"{url!r} must be scheme, host, port and path only")
+    if "v1" in parts.path.split("/"):
+        raise _ValueConfigError("url", f"{url!r} must be the server's root: leave out /v1 and what follows it")
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,6 +190,11 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_body: Annotated[int, Meta(gt=0, description="Largest request body in bytes; larger ones get a 413.")] = 32 * 1024 * 1024
     backoff_initial: Annotated[Seconds, Meta(description="Pause after a model's first failed switch.")] = 1.0
     backoff_max: Annotated[Seconds, Meta(description="Longest pause; it doubles with each failure in a row.")] = 30.0
+    health_interval: Annotated[
+        PositiveSeconds | None,
+        Meta(description="Pause between two looks at the active server while the lifespan runs; null: none."),
+    ] = 5.0
+    shutdown: Annotated[Seconds, Meta(description="Time that running requests have to end in when the gateway stops.")] = 30.0
 
     def __post_init__(self) -> None:
         if self.backoff_initial > self.backoff_max:
@@ -144,10 +214,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if not self.models:
             raise _ValueConfigError("models", "name at least one model")
-        servers: dict[str, str] = {}
+        servers: dict[tuple[str, str], str] = {}
         for name, model in self.models.items():
-            if (other := servers.setdefault(model.url.rstrip("/"), name)) != name:
+            if model.url is None:
+                continue
+            # The servers of some kinds have several models, each with a name of its own.
+            inside = (model.served_name or name) if model.server in _ROUTERS else ""
+            if (other := servers.setdefault((model.url.rstrip("/"), inside), name)) != name:
                 raise _ValueConfigError(f"models.{name}.url", f"{model.url!r} already is the server of the model {other!r}")
+        if self.policy.sleep_level == 3:
+            for name, model in self.models.items():
+                if model.command is None and model.hooks is None and model.sleep_level is None:
+                    message = "3 stops the server's process, which only one with a command has: give this model its own level"
+                    raise _ValueConfigError("policy.sleep_level", f"{message} (models.{name}.sleep_level)")
         owners = {name: name for name in self.models}
         for name, model in self.models.items():
             for index, alias in enumerate(model.aliases):
@@ -254,7 +333,7 @@ def _build(raw: Any) -> Config:
     return _convert(raw, Config, "$")
 
 
-_ALLOWED = {"sleep_level": get_args(SleepLevel), "name": get_args(PolicyName)}
+_ALLOWED = {"sleep_level": get_args(SleepLevel), "name": get_args(PolicyName), "server": get_args(ServerKind)}
 _HINTS = {
     "Expected `float`, got": " (a number, in seconds)",
     "Expected `float | null`, got": " (a number, in seconds, or null)",

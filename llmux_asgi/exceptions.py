@@ -12,6 +12,7 @@
     ├── BackendError                an inference server's control API failed
     │   ├── BackendUnreachableError nothing listens at the server's address
     │   ├── BackendTimeoutError     the server did not answer within the step's time limit
+    │   ├── BackendStartError       the server's process ended, or was not ready in time
     │   └── BackendUnsupportedError the server cannot sleep safely (version, dev mode, sleep mode)
     └── UpstreamError               relaying one request to an awake server failed
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendError",
+    "BackendStartError",
     "BackendTimeoutError",
     "BackendUnreachableError",
     "BackendUnsupportedError",
@@ -125,6 +127,10 @@ class BackendUnreachableError(BackendError):
 
 class BackendTimeoutError(BackendError):
     """The server accepted the call and did not answer within the step's time limit."""
+
+
+class BackendStartError(BackendError):
+    """The process of a model did not come up: it ended, or was not ready in time. Ends with the last lines it wrote."""
 
 
 class BackendUnsupportedError(BackendError):

@@ -23,7 +23,7 @@ from ._lease import Activation, Lease, Waiter
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
-from .backends import Backend, VLLMBackend
+from .backends import Backend, build_backend
 from .config import Config, PolicyConfig
 from .exceptions import BackendError, LLMuxError, PolicyError, QueueTimeoutError, SwitchError, UnknownModelError
 from .policy import FifoPolicy, SwitchContext, SwitchPolicy
@@ -85,13 +85,13 @@ class ModelSwitcher:
     def from_config(
         cls, config: Config, *, policy: SwitchPolicy | None = None, telemetry: Telemetry | None = None
     ) -> ModelSwitcher:
-        """Build the switcher of a configuration, with a `VLLMBackend` for each model."""
+        """Build the switcher of a configuration, with the backend that each model asks for."""
         levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
         if policy is None:
             policy = _policy(config.policy)
         return cls(
             {
-                name: VLLMBackend(model.url, sleep_level=levels.get(name, policy.sleep_level), timeouts=model.timeouts)
+                name: build_backend(name, model, sleep_level=levels.get(name, policy.sleep_level))
                 for name, model in config.models.items()
             },
             policy,

@@ -24,7 +24,7 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["backends._protocol", "backends.vllm", "backends", "_spawn"],
+    ["backends._protocol", "backends._http", "backends.vllm", "backends._build", "backends", "_spawn"],
     ["_lease", "_decision", "_servers", "_proxy", "switcher"],
     ["middleware"],
     ["app"],

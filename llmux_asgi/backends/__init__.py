@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ._protocol import Backend, BackendState
+from ._build import build_backend
+from ._protocol import STOP_LEVEL, Backend, BackendState, StoppableBackend
 from .vllm import VLLMBackend
 
-__all__ = ["Backend", "BackendState", "VLLMBackend"]
+__all__ = ["STOP_LEVEL", "Backend", "BackendState", "StoppableBackend", "VLLMBackend", "build_backend"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["Backend", "BackendState"]
+__all__ = ["STOP_LEVEL", "Backend", "BackendState", "StoppableBackend"]
+
+STOP_LEVEL = 3
+"""The sleep level that ends the server's process."""
 
 
 class BackendState(enum.Enum):
@@ -17,6 +20,8 @@ class BackendState(enum.Enum):
     """It holds no memory; a request sent to it would hang."""
     UNREACHABLE = "unreachable"
     """Nothing listens at its address: the process is gone, and its memory with it."""
+    STOPPED = "stopped"
+    """Its process does not run and holds no memory; `wake` starts it."""
 
 
 class Backend(Protocol):
@@ -49,4 +54,13 @@ class Backend(Protocol):
 
     async def aclose(self) -> None:
         """Close connections. The backend may be used again afterwards."""
+        ...
+
+
+@runtime_checkable
+class StoppableBackend(Backend, Protocol):
+    """A server whose process is the gateway's own: what cannot be put to sleep can be ended."""
+
+    async def stop(self) -> None:
+        """End the process and all that it has started. Returns once they are gone. May be called again."""
         ...

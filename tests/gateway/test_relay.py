@@ -201,7 +201,7 @@ def test_only_the_model_is_rewritten_when_the_backend_serves_another_name(loop: 
 
 def test_a_path_in_the_url_of_the_backend_is_kept(loop: EventLoop) -> None:
     with gateway(loop) as plain:
-        url = plain.app.config.models["a"].url
+        url = plain.app.config.models["a"].address
         with gateway(loop, a={"url": url + "/behind/"}) as served:
             served.app.switcher.distrust()
             response = served.chat()
