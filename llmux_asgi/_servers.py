@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import anyio
 
-from .backends import Backend, BackendState
+from .backends import Backend, BackendState, StoppableBackend
 from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
 
 __all__ = ["Servers"]
@@ -70,6 +70,10 @@ class Servers:
                 tasks.start_soon(look, model)
         return errors
 
+    def can_stop(self, model: str) -> bool:
+        """Say whether the process of `model` is the gateway's own."""
+        return isinstance(self._backends[model], StoppableBackend)
+
     async def require_reachable(self, model: str) -> None:
         """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake."""
         if await self.look(model) is BackendState.UNREACHABLE:
@@ -80,15 +84,18 @@ class Servers:
 
         First the awake ones; second the half-woken ones, and the target if a sleep call of its own is still to come. A
         server that was put to sleep is asked as well: it may have been restarted meanwhile, and be awake. If it gives no
-        clear answer, its confirmed sleep counts. Raises `BackendError` if another one gives none.
+        clear answer, its confirmed sleep counts. Another one that gives none is ended, or `BackendError` is raised.
         """
         others = [model for model in self.models if model not in (target, origin)]
         asleep = {model for model in others if self._known.get(model) is BackendState.ASLEEP and self.is_sound(model)}
         for model, exc in (await self.look_at(others)).items():
-            if model not in asleep:
-                raise BackendError(f"the model {model!r} may be in memory, its server gives no clear answer: {exc}") from exc
-            self._known[model] = BackendState.ASLEEP
-            logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
+            if model in asleep:
+                self._known[model] = BackendState.ASLEEP
+                logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
+                continue
+            unclear = BackendError(f"the model {model!r} may be in memory, its server gives no clear answer: {exc}")
+            unclear.__cause__ = exc
+            await self.stop(model, unclear)
         awake = [model for model in others if self.says_awake(model)]
         doubtful = [model for model in others if model not in awake and self._unconfirmed[model] & _Steps.WAKE]
         if self._unconfirmed[target] & _Steps.SLEEP:
@@ -96,7 +103,29 @@ class Servers:
         return awake, doubtful
 
     async def sleep(self, model: str, level: int) -> None:
-        """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone."""
+        """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone.
+
+        If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own.
+        """
+        try:
+            await self._try_to_sleep(model, level)
+        except BackendError as exc:
+            logger.warning("putting the model %r to sleep failed, it is tried once more: %s", model, exc)
+            try:
+                await self._try_to_sleep(model, level)
+            except BackendError as again:
+                await self.stop(model, again)
+
+    async def stop(self, model: str, reason: BackendError) -> None:
+        """End the process of `model`, because of `reason`; raise that if the process is not the gateway's own."""
+        backend = self._backends[model]
+        if not isinstance(backend, StoppableBackend):
+            raise reason
+        logger.warning("ending the process of the model %r: %s", model, reason)
+        await backend.stop()
+        self._learn(model, BackendState.STOPPED)
+
+    async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)
         before = self._unconfirmed[model]
         self._unconfirmed[model] |= _Steps.SLEEP
@@ -132,12 +161,20 @@ class Servers:
         self._unconfirmed[model] = _Steps.NONE
 
     async def aclose(self) -> None:
-        """Close the backends' connections."""
-        for backend in self._backends.values():
-            await backend.aclose()
+        """Close the backends' connections and end the gateway's own processes."""
+
+        async def close(model: str) -> None:
+            try:
+                await self._backends[model].aclose()
+            except BackendError as exc:
+                logger.error("closing the backend of the model %r: %s", model, exc)
+
+        async with anyio.create_task_group() as tasks:
+            for model in self.models:
+                tasks.start_soon(close, model)
 
     def _learn(self, model: str, state: BackendState) -> None:
         self._known[model] = state
         asleep = state is BackendState.ASLEEP and self._unconfirmed[model] is _Steps.SLEEP
-        if asleep or state is BackendState.UNREACHABLE:
+        if asleep or state in (BackendState.UNREACHABLE, BackendState.STOPPED):
             self._unconfirmed[model] = _Steps.NONE  # nothing more can come of it

@@ -210,6 +210,11 @@ class SwitcherState:
         self.active = None
         self._doubted = False
 
+    def wake_up(self) -> None:
+        """The target's wake is sent: for the first time, or again because the one before has failed."""
+        _require(self.phase in (Phase.WAKE, Phase.READY))
+        self.phase = Phase.WAKE
+
     def ready(self) -> None:
         """The target's server says that it is awake."""
         self._step(Phase.WAKE, Phase.READY)

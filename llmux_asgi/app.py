@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
 from ._proxy import Proxy
+from .backends import with_ports
 from .config import ConfigSource, load_config
 from .exceptions import UnknownModelError
 from .middleware import LLMuxMiddleware, route_path
@@ -48,7 +49,7 @@ class LLMuxApp:
         meter_provider: MeterProvider | None = None,
         policy: SwitchPolicy | None = None,
     ) -> None:
-        self.config = load_config(config)
+        self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
             self.config, policy=policy, telemetry=Telemetry(tracer_provider, meter_provider)
         )

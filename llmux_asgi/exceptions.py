@@ -12,6 +12,7 @@
     ├── BackendError                an inference server's control API failed
     │   ├── BackendUnreachableError nothing listens at the server's address
     │   ├── BackendTimeoutError     the server did not answer within the step's time limit
+    │   ├── BackendDeadError        the server's engine has died; its process is about to end
     │   ├── BackendStartError       the server's process ended, or was not ready in time
     │   └── BackendUnsupportedError the server cannot sleep safely (version, dev mode, sleep mode)
     └── UpstreamError               relaying one request to an awake server failed
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 __all__ = [
+    "BackendDeadError",
     "BackendError",
     "BackendStartError",
     "BackendTimeoutError",
@@ -127,6 +129,10 @@ class BackendUnreachableError(BackendError):
 
 class BackendTimeoutError(BackendError):
     """The server accepted the call and did not answer within the step's time limit."""
+
+
+class BackendDeadError(BackendError):
+    """The server's engine has died. The process that listens says so until it ends, in a moment."""
 
 
 class BackendStartError(BackendError):

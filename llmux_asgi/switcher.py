@@ -23,6 +23,7 @@ from ._lease import Activation, Lease, Waiter
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
+from ._steps import Steps
 from .backends import Backend, build_backend
 from .config import Config, PolicyConfig
 from .exceptions import BackendError, LLMuxError, PolicyError, QueueTimeoutError, SwitchError, UnknownModelError
@@ -79,6 +80,7 @@ class ModelSwitcher:
         self._changed = anyio.Event()
         self._drained = anyio.Event()
         self._give_up: anyio.CancelScope | None = None
+        self._steps = Steps(self._servers, self._state, self.telemetry, self._sleep_level)
         self._decider = Decider(self._policy, self._state, clock, self._blame_policy, lambda: self._changed.set())
 
     @classmethod
@@ -311,6 +313,8 @@ class ModelSwitcher:
         unclear = await self._servers.look_at(self.models)
         for model, why in unclear.items():
             logger.warning("the state of the model %r is unknown: %s", model, why)
+        if previous in unclear and not self._state.in_flight(previous) and self._servers.can_stop(previous):
+            await self._servers.stop(previous, unclear.pop(previous))
         if previous in unclear:
             # It may be serving. Nothing is done about it, and nobody is served, before it is known.
             self._refuse_all(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
@@ -450,25 +454,18 @@ class ModelSwitcher:
 
     async def _execute(self, origin: str | None, to: str) -> bool:
         """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due."""
-        awake, doubtful = await self._servers.in_memory(to, origin)
-        # The outgoing model comes after the others: if one of those turns out to be stuck, it has not been disturbed. The
-        # doubtful come last: a half-woken one may have to be woken whole before it can sleep, and that takes memory.
-        for model in (*awake, *([origin] if origin is not None else []), *doubtful):
-            level = self._sleep_level(model)
-            if model == origin and self._state.in_flight(model):
+
+        def interrupt() -> None:
+            if self._state.in_flight(origin):
                 self._activation.interrupted = True
-            with self.telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
-                await self._servers.sleep(model, level)
+
+        await self._steps.make_room(to, origin, interrupt)
         if self._activation.interrupted:
             self._activation.end()
         self._state.wake()
         if not self._state.depth(to):
             return False
-        with self.telemetry.phase("wake", {names.MODEL: to}):
-            await self._servers.wake(to)
-        self._state.ready()
-        with self.telemetry.phase("ready", {names.MODEL: to}):
-            await self._servers.ready(to)
+        await self._steps.bring_up(to)
         self._backoff.succeeded(to)
         self._activation = Activation()
         return True

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from ._build import build_backend
+from ._build import build_backend, with_ports
 from ._protocol import STOP_LEVEL, Backend, BackendState, StoppableBackend
+from .managed import ManagedBackend
 from .vllm import VLLMBackend
 
-__all__ = ["STOP_LEVEL", "Backend", "BackendState", "StoppableBackend", "VLLMBackend", "build_backend"]
+__all__ = [
+    "STOP_LEVEL",
+    "Backend",
+    "BackendState",
+    "ManagedBackend",
+    "StoppableBackend",
+    "VLLMBackend",
+    "build_backend",
+    "with_ports",
+]

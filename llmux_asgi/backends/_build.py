@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from ..config import ModelConfig
+from pathlib import Path
+
+import msgspec
+
+from ..config import Config, ModelConfig
 from ._protocol import Backend
+from .managed import ManagedBackend, free_port
 from .vllm import VLLMBackend
 
-__all__ = ["build_backend"]
+__all__ = ["build_backend", "with_ports"]
+
+
+def with_ports(config: Config) -> Config:
+    """Return `config` with a free port of 127.0.0.1 for each command that has no URL. It keeps that for good."""
+    models = {
+        name: model if model.url else msgspec.structs.replace(model, url=f"http://127.0.0.1:{free_port()}")
+        for name, model in config.models.items()
+    }
+    return msgspec.structs.replace(config, models=models)
 
 
 def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend:
     """Return the backend of one model. Its port must be chosen."""
-    return _control(name, model, sleep_level)
+    server = _control(name, model, sleep_level)
+    if model.command is None:
+        return server
+    command, env = model.command, model.env
+    if model.server == "vllm":
+        env = {"VLLM_SERVER_DEV_MODE": "1", **env}
+        if [Path(command[0]).name, *command[1:2]] == ["vllm", "serve"] and not any("enable-sleep-mode" in a for a in command):
+            command = (*command, "--enable-sleep-mode")
+    return ManagedBackend(name, server, model.address, command, env=env, cwd=model.cwd, timeouts=model.timeouts)
 
 
 def _control(name: str, model: ModelConfig, sleep_level: int) -> Backend:

@@ -14,7 +14,13 @@ import anyio
 import msgspec
 
 from ..config import TimeoutsConfig
-from ..exceptions import BackendError, BackendUnreachableError, BackendUnsupportedError
+from ..exceptions import (
+    BackendDeadError,
+    BackendError,
+    BackendTimeoutError,
+    BackendUnreachableError,
+    BackendUnsupportedError,
+)
 from ._http import POLL_FIRST, POLL_LONGEST, ControlClient, limit
 from ._protocol import BackendState
 
@@ -67,6 +73,12 @@ class VLLMBackend:
             self._version = self._level = None
             self._half_woken = False
             return BackendState.UNREACHABLE
+        except (BackendTimeoutError, BackendUnsupportedError):
+            raise
+        except BackendError as exc:
+            if await self._engine_is_dead():
+                raise BackendDeadError(f"{self.url}: the engine has died ({exc}); the process is about to end") from exc
+            raise
 
     async def sleep(self, level: int) -> None:
         """Send `/sleep` and confirm it. Requests still running are aborted by the server."""
@@ -125,6 +137,14 @@ class VLLMBackend:
             return msgspec.json.decode(response.content, type=_IsSleeping).is_sleeping
         except msgspec.DecodeError as exc:
             raise BackendError(f"{self.url}: GET /is_sleeping gave no usable answer: {exc}") from None
+
+    async def _engine_is_dead(self) -> bool:
+        """Whether `/health` says so, with 503, as long as the process that listens goes on."""
+        try:
+            await self._client.call("GET", "/health", timeout=self._timeouts.probe)
+        except BackendError as exc:
+            return "answered 503" in str(exc)
+        return False
 
     async def _supported_version(self) -> _Version:
         response = await self._client.ask("/version")

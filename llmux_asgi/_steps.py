@@ -1,0 +1,72 @@
+"""The steps of a switch that change the servers, each in a span of its own, and what is done when one of them fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from . import telemetry as names
+from ._servers import Servers
+from ._state import SwitcherState
+from .exceptions import BackendError, BackendStartError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
+from .telemetry import Telemetry
+
+__all__ = ["Steps"]
+
+logger = logging.getLogger(__name__)
+
+
+class Steps:
+    """Puts models to sleep and wakes one, as the state machine allows. `sleep_level` tells the level of a model."""
+
+    def __init__(self, servers: Servers, state: SwitcherState, telemetry: Telemetry, sleep_level: Callable[[str], int]) -> None:
+        self._servers = servers
+        self._state = state
+        self._telemetry = telemetry
+        self._sleep_level = sleep_level
+
+    async def make_room(self, to: str, origin: str | None, before_origin: Callable[[], None] = lambda: None) -> None:
+        """Put everything but `to` to sleep. Calls `before_origin` right before the outgoing model is."""
+        awake, doubtful = await self._servers.in_memory(to, origin)
+        # The outgoing model comes after the others: if one of those turns out to be stuck, it has not been disturbed. The
+        # doubtful come last: a half-woken one may have to be woken whole before it can sleep, and that takes memory.
+        for model in (*awake, *([origin] if origin is not None else []), *doubtful):
+            if model == origin:
+                before_origin()
+            level = self._sleep_level(model)
+            with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
+                await self._servers.sleep(model, level)
+
+    async def bring_up(self, to: str) -> None:
+        """Wake `to`, everything else being out of memory; return when it takes requests.
+
+        A wake that failed is tried once more, memory being free: that is what a half-woken server needs. If that fails too,
+        or would be of no use, the process is ended and started again where it is the gateway's own.
+        """
+        try:
+            await self._wake(to)
+            return
+        except BackendStartError:
+            raise
+        except BackendError as exc:
+            failure = exc
+        if not isinstance(failure, (BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError)):
+            logger.warning("waking the model %r failed, it is tried once more: %s", to, failure)
+            await self.make_room(to, None)
+            try:
+                await self._wake(to)
+                return
+            except BackendStartError:
+                raise
+            except BackendError as exc:
+                failure = exc
+        await self._servers.stop(to, failure)
+        await self._wake(to)
+
+    async def _wake(self, to: str) -> None:
+        self._state.wake_up()
+        with self._telemetry.phase("wake", {names.MODEL: to}):
+            await self._servers.wake(to)
+        self._state.ready()
+        with self._telemetry.phase("ready", {names.MODEL: to}):
+            await self._servers.ready(to)
