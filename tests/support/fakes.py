@@ -69,8 +69,9 @@ class FakeBackend:
         self.gates.setdefault(step, deque()).append(gate)
         return gate
 
-    def fail(self, step: str, exc: Exception) -> None:
-        self.faults.setdefault(step, deque()).append(exc)
+    def fail(self, step: str, exc: Exception, *, times: int = 1) -> None:
+        """Have the next `times` calls fail. It takes two for good: a sleep or a wake that has failed is tried once more."""
+        self.faults.setdefault(step, deque()).extend([exc] * times)
 
     def die(self) -> None:
         """Have the process end, and its memory with it."""
@@ -108,7 +109,8 @@ class FakeBackend:
         try:
             await self._step("sleep")
         except BackendTimeoutError:
-            self.gpu.dozing.add(self.name)
+            if self.reachable:  # a process that is gone does nothing more
+                self.gpu.dozing.add(self.name)
             raise
         self.levels.append(level)
         self._release_memory()
