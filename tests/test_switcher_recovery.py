@@ -257,15 +257,39 @@ async def test_nothing_is_served_while_it_cannot_be_put_to_sleep() -> None:
     pool = Pool()
     async with running(pool) as run:
         (await run.served("a")).finish.set()
-        # By the switch, and whenever the servers are asked afterwards.
-        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=3 * 2)
+        # In the switch, and whenever the servers are asked afterwards.
+        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=100)
         for model in ("b", "a"):
             request = run.send(model)
             await request.done.wait()
             assert isinstance(request.error, SwitchError)
             assert pool.switcher.statistics().mode is not Mode.ACTIVE
-        pool.gpu.doze_off()  # the call takes effect in the end
+        pool.backends["a"].faults.clear()
+        pool.gpu.doze_off()  # the calls take effect in the end
         (await run.served("a")).finish.set()
+
+
+async def test_a_model_that_has_acted_on_one_of_two_such_calls_is_put_to_sleep_before_it_wakes() -> None:
+    """It says that it sleeps, and the other call may still come when it is awake."""
+    pool = Pool()
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=2)
+        pool.backends["a"].gate("sleep").open.set()
+        second_call = pool.backends["a"].gate("sleep")
+        second = run.send("b")
+        await second_call.entered.wait()
+        pool.gpu.doze_off()
+        second_call.open.set()
+        await second.done.wait()
+        await until_settled(pool)
+        assert pool.switcher.statistics().mode is Mode.IDLE
+        pool.gpu.events.clear()
+        third = await run.served("a")
+        pool.gpu.doze_off()
+        pool.backends["a"].forward()
+        third.finish.set()
+    assert pool.gpu.events == ["sleep a", "asleep a", "wake a", "awake a"]
 
 
 async def test_a_model_that_refused_to_sleep_goes_on_at_once() -> None:
