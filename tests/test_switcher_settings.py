@@ -7,6 +7,7 @@ import anyio.lowlevel
 import pytest
 
 from llmux_asgi import (
+    BackendError,
     FifoPolicy,
     Mode,
     ModelSwitcher,
@@ -16,7 +17,7 @@ from llmux_asgi import (
     VLLMBackend,
     load_config,
 )
-from tests.support.pool import Pool, running
+from tests.support.pool import LIMIT, Pool, running
 
 pytestmark = pytest.mark.anyio
 
@@ -113,6 +114,19 @@ async def test_closing_refuses_who_waits_and_waits_for_the_step_on_the_wire() ->
             assert pool.backends["a"].closed == 0
             gate.open.set()
         assert pool.backends["a"].closed == 1
+
+
+async def test_a_backend_that_cannot_be_closed_is_an_error_in_the_log_and_the_others_are_closed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pool = Pool()
+    pool.backends["a"].fail("aclose", BackendError("fake://a: cannot be killed"))
+    with anyio.fail_after(LIMIT):
+        await pool.switcher.aclose()
+    assert {name: backend.closed for name, backend in pool.backends.items()} == {"a": 0, "b": 1, "c": 1}
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("ERROR", "closing the backend of the model 'a': fake://a: cannot be killed")
+    ]
 
 
 async def test_closing_refuses_newcomers_too_and_ends_although_they_keep_coming() -> None:

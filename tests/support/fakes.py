@@ -47,7 +47,7 @@ class GPU:
 
 
 class FakeBackend:
-    """A server in memory. `gates` and `faults` are used up in turn, by the step: state, sleep, wake, ready, stop."""
+    """A server in memory. `gates` and `faults`, by the step (the name of the method), are used up in turn."""
 
     def __init__(self, name: str, gpu: GPU, *, awake: bool = False) -> None:
         self.name = name
@@ -95,7 +95,7 @@ class FakeBackend:
             await gates.popleft().pass_through()
         if faults := self.faults.get(step):
             raise faults.popleft()
-        if not self.reachable and step not in ("state", "stop"):
+        if not self.reachable and step not in ("state", "stop", "aclose"):
             raise BackendUnreachableError(f"fake://{self.name}: nothing listens there")
 
     async def state(self) -> BackendState:
@@ -130,6 +130,7 @@ class FakeBackend:
         await self._step("ready")
 
     async def aclose(self) -> None:
+        await self._step("aclose")
         self.closed += 1
 
     def forward(self) -> None:
@@ -150,6 +151,8 @@ class StoppableFake(FakeBackend):
     async def sleep(self, level: int) -> None:
         if self.reachable:
             await super().sleep(level)
+        else:
+            self.gpu.events.append(f"sleep {self.name}")  # nothing to do
 
     async def wake(self) -> None:
         self.reachable = True
