@@ -125,6 +125,21 @@ async def test_who_holds_a_lease_on_a_model_whose_process_is_ended_is_told() -> 
         lease.release()
 
 
+async def test_who_holds_a_lease_on_a_model_that_was_not_disturbed_is_told_nothing() -> None:
+    pool = Pool(FifoPolicy(min_active_duration=0, drain=False), awake="a")
+    async with running(pool) as run:
+        first = await run.served("a")
+        pool.gpu.awake.add("c")  # by hand
+        pool.backends["c"].fail("sleep", BackendError("fake://c: stuck"), times=2)
+        second = run.send("b")
+        await second.done.wait()
+        assert_refused(second, "fake://c: stuck")
+        await until_settled(pool)
+        first.finish.set()
+        await first.done.wait()
+        assert not first.interrupted
+
+
 # Wake
 
 
