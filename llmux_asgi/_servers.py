@@ -44,6 +44,10 @@ class Servers:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE
 
+    def states(self) -> dict[str, str]:
+        """What each server was last known to be; `unknown` if there is no clear answer."""
+        return {model: state.value if (state := self._known.get(model)) else "unknown" for model in self.models}
+
     def is_sound(self, model: str) -> bool:
         """Say whether what the server of `model` tells of itself is the whole truth."""
         return not self._unconfirmed[model]

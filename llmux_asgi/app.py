@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
 from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
 from ._proxy import Proxy
+from ._spawn import beside
 from .backends import with_ports
 from .config import ConfigSource, load_config
 from .exceptions import UnknownModelError
@@ -74,18 +76,31 @@ class LLMuxApp:
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """On leaving, close what the gateway has opened; a step on the wire is waited for. For the host's `lifespan`."""
+        """Preload models and watch the active one while in the block; on leaving it, `aclose`. For the host's `lifespan`."""
         try:
-            yield
+            async with beside(self._watch, "llmux_asgi watch"), beside(self._preload, "llmux_asgi preload"):
+                yield
         finally:
             await self.aclose()
 
     async def aclose(self) -> None:
-        """Refuse waiting requests, let a switch step that is on the wire end, and close all connections."""
+        """Answer new and waiting requests with 503, give running ones `limits.shutdown` seconds, end all processes.
+
+        A switch step that is on the wire is waited for. Connections are closed.
+        """
         try:
-            await self.switcher.aclose()
+            await self.switcher.aclose(drain=self.config.limits.shutdown)
         finally:
             await self._proxy.aclose()
+
+    async def _watch(self) -> None:
+        while (interval := self.config.limits.health_interval) is not None:
+            await anyio.sleep(interval)
+            await self.switcher.check()
+
+    async def _preload(self) -> None:
+        # The first of the configuration comes last, and stays.
+        await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_path(scope), scope["method"]
