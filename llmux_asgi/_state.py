@@ -169,9 +169,9 @@ class SwitcherState:
         return sorted((m for m, queue in self._queues.items() if queue), key=lambda m: self.oldest(m).since)
 
     def by_use(self, models: Iterable[str]) -> list[str]:
-        """Sort `models` by when they were active, the one whose last time is longest ago first."""
+        """Sort `models` by when they were active last, the latest first; those that never were keep their order."""
         order = {model: position for position, model in enumerate(self._last_active)}
-        return sorted(models, key=lambda model: order.get(model, -1))
+        return sorted(models, key=lambda model: order.get(model, -1), reverse=True)
 
     # Transitions
 

@@ -264,7 +264,7 @@ class ModelSwitcher:
                 async with self._exclusively():
                     await function()
             except Exception as exc:
-                logger.exception("asking the servers met an unexpected error")
+                logger.exception("reconciling met an unexpected error")
                 self._refuse_all(f"unexpected error: {exc!r}")
             finally:
                 done.set()
@@ -377,9 +377,9 @@ class ModelSwitcher:
             return
         awake = self._state.by_use(model for model in self.models if self._servers.says_awake(model))
         sound = [model for model in awake if self._servers.is_sound(model)]
-        keep = next((model for model in (previous, *self._state.waiting_models(), *reversed(sound)) if model in sound), None)
+        keep = next((model for model in (previous, *self._state.waiting_models(), *sound) if model in sound), None)
         try:
-            for model in awake:
+            for model in reversed(awake):
                 if model != keep:
                     logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
                     await self._servers.sleep(model, self._sleep_level(model))
