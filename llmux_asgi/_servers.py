@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import anyio
 
+from ._memory import MemoryCheck
 from .backends import Backend, BackendState, StoppableBackend
 from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
 
@@ -30,9 +31,12 @@ class _Steps(enum.Flag):
 class Servers:
     """The backends of one pool by model, with the state that each was last confirmed to be in."""
 
-    def __init__(self, backends: Mapping[str, Backend]) -> None:
+    def __init__(self, backends: Mapping[str, Backend], memory: MemoryCheck | None = None) -> None:
         self._backends = dict(backends)
+        self._memory = memory
         self._known: dict[str, BackendState] = {}
+        self._measured = False
+        """Whether the memory was measured before the last wake."""
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
 
     @property
@@ -112,11 +116,11 @@ class Servers:
         If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own.
         """
         try:
-            await self._try_to_sleep(model, level)
+            await self._put_to_sleep(model, level)
         except BackendError as exc:
             logger.warning("putting the model %r to sleep failed, it is tried once more: %s", model, exc)
             try:
-                await self._try_to_sleep(model, level)
+                await self._put_to_sleep(model, level)
             except BackendError as again:
                 await self.stop(model, again)
 
@@ -128,6 +132,18 @@ class Servers:
         logger.warning("ending the process of the model %r: %s", model, reason)
         await backend.stop()
         self._learn(model, BackendState.STOPPED)
+        if self._memory is not None:
+            await self._memory.confirm_freed(model)
+
+    async def _put_to_sleep(self, model: str, level: int) -> None:
+        await self._try_to_sleep(model, level)
+        if self._memory is not None:
+            try:
+                await self._memory.confirm_freed(model)
+            except BackendError:
+                self._known.pop(model, None)
+                self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
+                raise
 
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)
@@ -153,8 +169,12 @@ class Servers:
     async def wake(self, model: str) -> None:
         """Wake `model`, unless it is awake already. It counts as half-woken until `ready` has returned."""
         if self.says_awake(model) and self.is_sound(model) and await self.look(model) is BackendState.AWAKE:
+            self._measured = False
             return
         self._known.pop(model, None)
+        self._measured = self._memory is not None and self.is_sound(model)
+        if self._memory is not None and self._measured:
+            self._memory.before_wake()
         self._unconfirmed[model] |= _Steps.WAKE
         await self._backends[model].wake()
 
@@ -163,6 +183,8 @@ class Servers:
         await self._backends[model].ready()
         self._known[model] = BackendState.AWAKE
         self._unconfirmed[model] = _Steps.NONE
+        if self._memory is not None and self._measured:
+            self._memory.after_wake(model)
 
     async def aclose(self) -> None:
         """Close the backends' connections and end the gateway's own processes."""

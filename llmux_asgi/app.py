@@ -11,6 +11,7 @@ import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from ._memory import MemoryGauge
 from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
 from ._proxy import Proxy
 from ._spawn import beside
@@ -37,7 +38,8 @@ class LLMuxApp:
         app.mount("/llm", LLMuxApp("llmux.yaml"))
 
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
-    `policy` replaces the one of the configuration. The providers are OpenTelemetry's, by default the global ones.
+    `policy` and `memory` (what reads the GPU) replace those of the configuration.
+    The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
     used. A host that wants them closed at its end enters `lifespan`: `Starlette(lifespan=llm.lifespan, …)`.
@@ -50,10 +52,11 @@ class LLMuxApp:
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
         policy: SwitchPolicy | None = None,
+        memory: MemoryGauge | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
-            self.config, policy=policy, telemetry=Telemetry(tracer_provider, meter_provider)
+            self.config, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
         )
         self._proxy = Proxy(self.config.models)
         self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)

@@ -23,11 +23,12 @@ from . import telemetry as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._lease import Activation, Lease, Waiter
+from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
 from ._steps import Steps
-from .backends import Backend, BackendState, build_backend
+from .backends import Backend, BackendState, build_backend, with_ports
 from .config import Config, PolicyConfig
 from .exceptions import (
     BackendError,
@@ -56,7 +57,8 @@ class ModelSwitcher:
 
     `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
     override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
-    seconds: it doubles with each failure in a row. `clock` gives monotonic seconds.
+    seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
+    out of it. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -68,12 +70,13 @@ class ModelSwitcher:
         sleep_levels: Mapping[str, int] | None = None,
         request_timeouts: Mapping[str, float] | None = None,
         backoff: tuple[float, float] = (1.0, 30.0),
+        memory: MemoryGauge | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
-        self._servers = Servers(backends)
+        self._servers = Servers(backends, MemoryCheck(memory) if memory is not None else None)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or FifoPolicy()
         self._sleep_levels = dict(sleep_levels or {})
@@ -97,9 +100,20 @@ class ModelSwitcher:
 
     @classmethod
     def from_config(
-        cls, config: Config, *, policy: SwitchPolicy | None = None, telemetry: Telemetry | None = None
+        cls,
+        config: Config,
+        *,
+        policy: SwitchPolicy | None = None,
+        memory: MemoryGauge | None = None,
+        telemetry: Telemetry | None = None,
     ) -> ModelSwitcher:
-        """Build the switcher of a configuration, with the backend that each model asks for."""
+        """Build the switcher of a configuration, with the backend that each model asks for.
+
+        `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
+        """
+        config = with_ports(config)
+        if memory is None and config.memory.check == "nvml":
+            memory = NvmlGauge(config.memory.device)
         levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
         if policy is None:
             policy = _policy(config.policy)
@@ -114,6 +128,7 @@ class ModelSwitcher:
             request_timeouts={
                 name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
             },
+            memory=memory,
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )

@@ -24,8 +24,16 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["_spawn", "_process", "_guardian"],
-    ["backends._protocol", "backends._http", "backends.vllm", "backends.managed", "backends._build", "backends"],
+    ["_spawn", "_process", "_guardian", "_memory"],
+    [
+        "backends._protocol",
+        "backends._http",
+        "backends.vllm",
+        "backends.managed",
+        "backends.probe",
+        "backends._build",
+        "backends",
+    ],
     ["_lease", "_decision", "_servers", "_steps", "_proxy", "switcher"],
     ["middleware"],
     ["app"],

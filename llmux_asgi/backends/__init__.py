@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._build import build_backend, with_ports
 from ._protocol import STOP_LEVEL, Backend, BackendState, StoppableBackend
 from .managed import ManagedBackend
+from .probe import ProbedBackend
 from .vllm import VLLMBackend
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Backend",
     "BackendState",
     "ManagedBackend",
+    "ProbedBackend",
     "StoppableBackend",
     "VLLMBackend",
     "build_backend",

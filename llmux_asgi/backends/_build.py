@@ -9,6 +9,7 @@ import msgspec
 from ..config import Config, ModelConfig
 from ._protocol import Backend
 from .managed import ManagedBackend, free_port
+from .probe import ProbedBackend
 from .vllm import VLLMBackend
 
 __all__ = ["build_backend", "with_ports"]
@@ -26,6 +27,8 @@ def with_ports(config: Config) -> Config:
 def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend:
     """Return the backend of one model. Its port must be chosen."""
     server = _control(name, model, sleep_level)
+    if model.probe != "none":
+        server = ProbedBackend(server, model.address, model.served_name or name, model.probe, timeouts=model.timeouts)
     if model.command is None:
         return server
     command, env = model.command, model.env
