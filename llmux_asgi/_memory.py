@@ -12,8 +12,6 @@ __all__ = ["MemoryCheck", "MemoryGauge", "NvmlGauge"]
 
 _SHARE = 0.5
 """Of what its wake took, a sleeping model has to give back this share: the rest is what others on the GPU may have taken."""
-_PATIENCE = 5.0
-"""Seconds that a driver may take to give memory back, of a process that was killed for one."""
 _POLL_FIRST, _POLL_LONGEST = 0.002, 0.1
 
 
@@ -52,10 +50,14 @@ class NvmlGauge:
 
 
 class MemoryCheck:
-    """Learns from each wake what a model takes, and confirms after each sleep that it has given it back."""
+    """Learns from each wake what a model takes, and confirms after each sleep that it has given it back.
 
-    def __init__(self, gauge: MemoryGauge) -> None:
+    `settle` is the time in seconds that the driver may take for that: it gives the memory of a killed process back late.
+    """
+
+    def __init__(self, gauge: MemoryGauge, settle: float) -> None:
         self._gauge = gauge
+        self._settle = settle
         self._before = 0
         self._most: dict[str, float] = {}
 
@@ -69,7 +71,7 @@ class MemoryCheck:
             self._most[model] = self._before + (1 - _SHARE) * footprint
 
     async def confirm_freed(self, model: str) -> None:
-        """Return once the memory of `model` is free. Raises `BackendError` if it is not in 5 seconds.
+        """Return once the memory of `model` is free. Raises `BackendError` if it is not in `settle` seconds.
 
         A model that was not seen waking is not checked: what it takes is not known.
         """
@@ -77,7 +79,7 @@ class MemoryCheck:
         if most is None:
             return
         pause = _POLL_FIRST
-        with anyio.move_on_after(_PATIENCE):
+        with anyio.move_on_after(self._settle):
             while self._gauge.used_mib() > most:
                 await anyio.sleep(pause)
                 pause = min(2 * pause, _POLL_LONGEST)

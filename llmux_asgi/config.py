@@ -213,6 +213,7 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     check: Annotated[MemoryCheckKind, Meta(description="nvml: read the GPU's used memory (needs the extra nvml).")] = "none"
     device: Annotated[int, Meta(ge=0, description="The GPU's index, as nvidia-smi shows it.")] = 0
+    settle: Annotated[PositiveSeconds, Meta(description="Time that the driver may take to give memory back.")] = 5.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -58,7 +58,7 @@ class ModelSwitcher:
     `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
     override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
     seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
-    out of it. `clock` gives monotonic seconds.
+    out of it within `memory_settle` seconds. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -71,12 +71,13 @@ class ModelSwitcher:
         request_timeouts: Mapping[str, float] | None = None,
         backoff: tuple[float, float] = (1.0, 30.0),
         memory: MemoryGauge | None = None,
+        memory_settle: float = 5.0,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
-        self._servers = Servers(backends, MemoryCheck(memory) if memory is not None else None)
+        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or FifoPolicy()
         self._sleep_levels = dict(sleep_levels or {})
@@ -129,6 +130,7 @@ class ModelSwitcher:
                 name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
             },
             memory=memory,
+            memory_settle=config.memory.settle,
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )

@@ -64,6 +64,7 @@ def _serve_trio(app: Any) -> Iterator[str]:
     config = hypercorn.config.Config()
     config.bind = [f"127.0.0.1:{port}"]
     config.graceful_timeout = 3
+    config.backlog = 2048
     config.errorlog = None
     box: dict[str, Any] = {}
     started, stopped = threading.Event(), threading.Event()
