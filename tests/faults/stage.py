@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +24,17 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from llmux_asgi import LLMuxApp, Mode, Phase, SwitcherStatistics
 from llmux_asgi._process import processes_of
 from llmux_asgi.sim import GpuLedger, SimOptions, SimProcess
 from llmux_asgi.sim.text import TOKENS, sample
 from tests.support.eventually import eventually
+from tests.support.gateway_process import GatewayProcess, gateway_process
 from tests.support.serve import EventLoop, serve
 
 __all__ = ["Answer", "Setting", "Stage", "Stream", "expected", "stage_for"]
@@ -120,6 +126,13 @@ class Stream:
         return True
 
 
+async def _malformed(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer whatever is asked with something that nobody expects."""
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"<html>hello</html>"})
+
+
 class Stage:
     """One gateway and its servers. Made by `stage_for`."""
 
@@ -134,6 +147,7 @@ class Stage:
         self._spans = InMemorySpanExporter()
         self._pool = ThreadPoolExecutor(32)
         self._requests_asleep = 0
+        self._most_awake = 1
         self.checked = setting.models
         """The models that have to answer in the end."""
         self.url = ""
@@ -146,8 +160,15 @@ class Stage:
             tracer_provider = TracerProvider(shutdown_on_exit=False)
             tracer_provider.add_span_processor(SimpleSpanProcessor(self._spans))
             memory = self.ledger if self.setting.memory_check else None
+            self._malformed = stack.enter_context(serve(_malformed))
             self.llm = LLMuxApp(self.configuration(), tracer_provider=tracer_provider, memory=memory)
-            app = Starlette(routes=[Mount("/llm", self.llm)], lifespan=self.llm.lifespan)
+
+            async def close(request: Request) -> Response:
+                await self.llm.aclose()
+                return Response()
+
+            routes = [Mount("/llm", self.llm), Route("/close", close, methods=["POST"])]
+            app = Starlette(routes=routes, lifespan=self.llm.lifespan)
             self.url = stack.enter_context(serve(app, self.loop)) + "/llm/v1"
             self.client = stack.enter_context(httpx.Client(timeout=_LIMIT, limits=httpx.Limits(max_keepalive_connections=0)))
             if self.setting.warm:
@@ -194,6 +215,8 @@ class Stage:
             else:
                 server = {"url": self.sims[model].url}
             own = {**self.setting.config.get("*", {}), **self.setting.config.get(model, {})}
+            if own.get("url") == "malformed":
+                own["url"] = self._malformed
             timeouts = {**_TIMEOUTS, **own.pop("timeouts", {})}
             models[model] = {**server, "timeouts": timeouts, **own}
         return {
@@ -224,6 +247,44 @@ class Stage:
     def mend(self, model: str) -> None:
         """Have the server of a model behave."""
         httpx.delete(self.address(model) + "/sim/faults").raise_for_status()
+
+    def resume(self, model: str) -> None:
+        """Thaw a frozen server."""
+        os.kill(self.sims[model].pid, signal.SIGCONT)
+
+    def health(self, model: str) -> int:
+        """Ask the server for its health, past the gateway."""
+        try:
+            return httpx.get(self.address(model) + "/health").status_code
+        except httpx.HTTPError:
+            return 0
+
+    def asleep(self, model: str) -> bool:
+        """What the server says, asked past the gateway."""
+        return bool(httpx.get(self.address(model) + "/is_sleeping").json()["is_sleeping"])
+
+    def wait_for_end(self, model: str) -> None:
+        """Wait until the process of a server has ended by itself."""
+        self.sims[model].wait()
+
+    def until_requests(self, model: str, count: int) -> None:
+        """Wait until `count` requests have reached the server since its start, beside those of the warm-up."""
+        url = self.address(model) + "/sim/state"
+        eventually(f"{count} requests at {model}", lambda: httpx.get(url).json()["in_flight"] >= count)
+
+    def own_processes(self) -> list[int]:
+        """The processes that the gateway has started, guardians included."""
+        return processes_of(os.getpid())
+
+    def parent(self, pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    def occupy_the_gpu(self, mib: int) -> None:
+        """Have somebody else use memory of the GPU: this process."""
+        GpuLedger(self.folder / "gpu", model="somebody else").allocate("context", mib)
+
+    def free_the_gpu(self) -> None:
+        GpuLedger(self.folder / "gpu", model="somebody else").release()
 
     def by_hand(self, model: str, call: str) -> None:
         """Send a control call past the gateway."""
@@ -275,6 +336,59 @@ class Stage:
             stream.first()
             yield stream
 
+    @contextmanager
+    def client_that_leaves(self, model: str) -> Iterator[Callable[[], None]]:
+        """Send a request; the function that is yielded hangs up."""
+        body = json.dumps({"model": model, "prompt": _PROMPT}).encode()
+        host, port = self.url.removeprefix("http://").partition("/")[0].split(":")
+        head = f"POST /llm/v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + body)
+            yield connection.close
+
+    # The gateway
+
+    def close_the_gateway(self) -> None:
+        """Do what its host's lifespan does at the end."""
+        httpx.post(self.url.removesuffix("/llm/v1") + "/close", timeout=_LIMIT).raise_for_status()
+
+    @contextmanager
+    def another_gateway(self) -> Iterator[GatewayProcess]:
+        """A gateway over the same servers, in a process of its own."""
+        with gateway_process(self.configuration(), self.loop) as gateway:
+            yield gateway
+
+    @contextmanager
+    def through(self, gateway: GatewayProcess) -> Iterator[None]:
+        """Have the clients use another gateway."""
+        url, self.url = self.url, gateway.url + "/llm/v1"
+        try:
+            yield
+        finally:
+            self.url = url
+
+    @contextmanager
+    def full_disk_for_logs(self) -> Iterator[None]:
+        """Log to a device on which nothing can be written."""
+        handler = logging.FileHandler("/dev/full")
+        errors, logging.raiseExceptions = logging.raiseExceptions, False
+        logging.getLogger("llmux_asgi").addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger("llmux_asgi").removeHandler(handler)
+            with suppress(OSError):
+                handler.close()
+            logging.raiseExceptions = errors
+
+    @contextmanager
+    def wall_clock_off_by(self, seconds: float) -> Iterator[None]:
+        """Have `time.time` jump, for the gateway and all else in this process."""
+        real = time.time
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(time, "time", lambda: real() + seconds)
+            yield
+
     # What is to be seen
 
     def statistics(self) -> SwitcherStatistics:
@@ -285,6 +399,10 @@ class Stage:
 
     def until_phase(self, phase: Phase) -> None:
         eventually(f"phase {phase.value}", lambda: self.statistics().phase is phase)
+
+    def until_active(self, model: str) -> None:
+        eventually(f"{model} is active", lambda: self.statistics().active_model == model)
+        self.until_mode(Mode.ACTIVE)
 
     def until_waiting(self, model: str, count: int = 1) -> None:
         eventually(f"{count} wait for {model}", lambda: self.statistics().waiting[model] == count)
@@ -319,6 +437,10 @@ class Stage:
         """At most so many requests may reach a sleeper: somebody else has put it to sleep behind the gateway's back."""
         self._requests_asleep = count
 
+    def allow_two_awake(self) -> None:
+        """There is room for it, and it is not the gateway that has woken them."""
+        self._most_awake = 3
+
     def check(self) -> None:
         """Every model answers in full, nothing is counted any more, never were two in memory, none was asked in its sleep."""
         for model in self.checked:
@@ -326,7 +448,7 @@ class Stage:
             assert answer == Answer(200, expected(model)), answer
         eventually("all counts are zero", lambda: self.is_at_rest())
         events = self.ledger.events()
-        assert max(len(event.awake) for event in events) <= 1, [e for e in events if len(e.awake) > 1]
+        assert max(len(event.awake) for event in events) <= self._most_awake, [e for e in events if len(e.awake) > 1]
         asleep = [event for event in events if event.event == "request_while_asleep"]
         assert len(asleep) <= self._requests_asleep, asleep
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.serve import EventLoop
 
-from . import clients, engines, processes, servers, sleeping, waking  # noqa: F401 (each registers its faults)
+from .__main__ import PAGE, table
 from .matrix import FAULTS
 from .stage import stage_for
 
@@ -20,3 +20,9 @@ def test_a_fault_has_a_known_end(name: str, loop: EventLoop, tmp_path: Path, cap
     with stage_for(fault.setting, loop, tmp_path, caplog) as stage:
         fault.play(stage)
         stage.check()
+
+
+def test_the_page_of_the_documentation_has_these_faults() -> None:
+    assert len(FAULTS) >= 30
+    page = PAGE.read_text()
+    assert page.partition("| fault |")[2] == table().partition("| fault |")[2], "make it anew: python -m tests.faults"
