@@ -361,6 +361,7 @@ _HINTS = {
     "Expected `float | null`, got": " (a number, in seconds, or null)",
     "Expected `array`, got `str`": " (write a list: [one, two])",
     "Expected `str`, got": " (write it in quotes)",
+    "Expected `str | null`, got": " (write it in quotes)",
 }
 
 
