@@ -144,8 +144,10 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         (
             {**MINIMAL, "policy": {"sleep_level": 3}},
-            "$.policy.sleep_level: 3 stops the server's process, which only one with a command has: give this model its own "
-            "level (models.qwen.sleep_level)",
+            (
+                "$.policy.sleep_level: 3 stops the server's process, which only one with a command has: "
+                "give this model its own level (models.qwen.sleep_level)"
+            ),
         ),
         (model(server="tgi"), "$.models.qwen.server: invalid enum value 'tgi' (one of: vllm, sglang, llama.cpp, ollama)"),
         (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),

@@ -34,8 +34,7 @@ async def running(
     process = ServerProcess("m", [sys.executable, "-c", code], env=env or {}, cwd=cwd, grace=grace)
     with anyio.fail_after(20):
         process.start()
-        while "up" not in process.how_it_ended():
-            await anyio.sleep(0.005)
+        eventually("it is up", lambda: "up" in process.how_it_ended())
         yield process
         await process.stop()
     assert not process.running
