@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
 import anyio
@@ -186,18 +186,25 @@ class Servers:
         if self._memory is not None and self._measured:
             self._memory.after_wake(model)
 
+    async def end_processes(self) -> None:
+        """End the gateway's own processes, whatever they are doing."""
+        async with anyio.create_task_group() as tasks:
+            for model, backend in self._backends.items():
+                if isinstance(backend, StoppableBackend):
+                    tasks.start_soon(self._close, model, backend.stop)
+
     async def aclose(self) -> None:
         """Close the backends' connections and end the gateway's own processes."""
-
-        async def close(model: str) -> None:
-            try:
-                await self._backends[model].aclose()
-            except BackendError as exc:
-                logger.error("closing the backend of the model %r: %s", model, exc)
-
         async with anyio.create_task_group() as tasks:
-            for model in self.models:
-                tasks.start_soon(close, model)
+            for model, backend in self._backends.items():
+                tasks.start_soon(self._close, model, backend.aclose)
+
+    @staticmethod
+    async def _close(model: str, close: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await close()
+        except BackendError as exc:
+            logger.error("closing the backend of the model %r: %s", model, exc)
 
     def _learn(self, model: str, state: BackendState) -> None:
         self._known[model] = state

@@ -264,6 +264,8 @@ class ModelSwitcher:
                     await self._released.wait()
             if self._activation.leases:
                 self._activation.interrupted = True
+            # Before a step on the wire is waited for: to start a server takes minutes, and it would be ended right after it.
+            await self._servers.end_processes()
             if self._driving:
                 await self._stopped.wait()
             async with self._exclusively():

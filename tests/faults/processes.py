@@ -215,6 +215,23 @@ def shutdown_with_an_endless_answer(stage: Stage) -> None:
 
 
 @fault(
+    "The gateway stops while a process starts",
+    "503 to who waits for it",
+    "ERROR 'ended before it was ready'",
+    "the start is broken off, not waited for; all processes are ended",
+    Setting(managed="b", sims={"b": {"start_seconds": 600}}, warm=False),
+)
+def shutdown_while_starting(stage: Stage) -> None:
+    waiting = stage.begin("b")
+    stage.until_phase(Phase.WAKE)
+    stage.close_the_gateway()
+    assert waiting.result().status == 503
+    assert stage.logged("ended before it was ready", logging.ERROR)
+    assert stage.own_processes() == []
+    stage.checked = "a"
+
+
+@fault(
     "The client of the request that started a process leaves while it starts",
     "nothing: it has gone",
     "INFO 'switched': the start is not broken off",
