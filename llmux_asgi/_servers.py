@@ -24,6 +24,8 @@ class _Steps(enum.Flag):
     NONE = 0
     SLEEP = enum.auto()
     """It may say that it is awake and fall asleep at any moment."""
+    SLEEP_AGAIN = enum.auto()
+    """More than one sleep: it may say that it sleeps, be woken, and then act on another one."""
     WAKE = enum.auto()
     """It may say that it sleeps and hold memory, or that it is awake and not be fit to serve."""
 
@@ -77,10 +79,6 @@ class Servers:
             for model in models:
                 tasks.start_soon(look, model)
         return errors
-
-    def can_stop(self, model: str) -> bool:
-        """Say whether the process of `model` is the gateway's own."""
-        return isinstance(self._backends[model], StoppableBackend)
 
     async def require_reachable(self, model: str) -> None:
         """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake."""
@@ -148,7 +146,7 @@ class Servers:
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)
         before = self._unconfirmed[model]
-        self._unconfirmed[model] |= _Steps.SLEEP
+        self._unconfirmed[model] |= _Steps.SLEEP | (_Steps.SLEEP_AGAIN if before & _Steps.SLEEP else _Steps.NONE)
         try:
             await self._backends[model].sleep(level)
         except BackendUnreachableError:

@@ -2,8 +2,8 @@
 
                      adopt                    begin                       commit       wake     ready
     UNKNOWN ───────────────▶ IDLE / ACTIVE ──────────▶ SWITCHING: COOLDOWN ▶ DRAIN ▶ SLEEP ▶ WAKE ▶ READY
-       ▲                        ▲   │    ▲                            │       │                     │
-       │        distrust        │   │    └────────── abandon ─────────┴───────┘                     │
+       ▲                        ▲   │    ▲                            │       │               ▲     │
+       │        distrust        │   │    └────────── abandon ─────────┴───────┘               └─────┤ wake_up
        ├────────────────────────┼───┘                                                               │
        │                        └──────────────────────── complete ─────────────────────────────────┘
        └─────────────────────────────────────── fail (from any phase)
@@ -13,6 +13,8 @@ gate is closed. `commit` is the point of no return: it is refused when nobody wa
 
 A doubt (`distrust`) that comes up while the servers are asked, or before the point of no return, closes the gate too and
 leads back to UNKNOWN: what was verified before it does not count. `wake` and `complete` are verified after it.
+
+`wake_up` begins each attempt to wake the target, the first one too. One that has failed may have come as far as READY.
 """
 
 from __future__ import annotations

@@ -388,8 +388,11 @@ class ModelSwitcher:
         unclear = await self._servers.look_at(self.models)
         for model, why in unclear.items():
             logger.warning("the state of the model %r is unknown: %s", model, why)
-        if previous in unclear and not self._state.in_flight(previous) and self._servers.can_stop(previous):
-            await self._servers.stop(previous, unclear.pop(previous))
+        if previous in unclear and not self._state.in_flight(previous):
+            try:
+                await self._servers.stop(previous, unclear.pop(previous))
+            except BackendError as exc:  # it is not the gateway's own, or cannot be ended
+                unclear[previous] = exc
         if previous in unclear:
             # It may be serving. Nothing is done about it, and nobody is served, before it is known.
             self._refuse_all(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")

@@ -123,6 +123,22 @@ def test_failing_later_leaves_nothing_known(phase: Phase) -> None:
     assert state.snapshot().failures == 1
 
 
+@pytest.mark.parametrize("phase", [Phase.WAKE, Phase.READY])
+def test_a_wake_may_be_sent_again_however_far_the_one_before_has_come(phase: Phase) -> None:
+    state = switching(phase)
+    late = queued(state, "b")
+    state.wake_up()
+    assert (state.mode, state.phase, state.active, state.target) == (Mode.SWITCHING, Phase.WAKE, None, "b")
+    state.ready()
+    assert late in state.complete(1.0)
+
+
+@pytest.mark.parametrize("phase", [Phase.COOLDOWN, Phase.DRAIN, Phase.SLEEP])
+def test_no_wake_is_sent_before_everything_else_is_confirmed_out_of_memory(phase: Phase) -> None:
+    with pytest.raises(RuntimeError, match="illegal transition"):
+        switching(phase).wake_up()
+
+
 def test_the_point_of_no_return_is_refused_when_nobody_waits_any_more() -> None:
     state = active()
     ticket = queued(state, "b")
@@ -171,6 +187,7 @@ def test_refused_and_left_requests_count_nowhere() -> None:
         lambda s: s.drain(),
         lambda s: s.commit(),
         lambda s: s.wake(),
+        lambda s: s.wake_up(),
         lambda s: s.ready(),
         lambda s: s.complete(0.0),
         lambda s: s.abandon(),

@@ -105,6 +105,13 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.state.wake()
         self.doubted = False
 
+    @precondition(lambda self: self.state.phase in (Phase.WAKE, Phase.READY))
+    @rule()
+    def wake_up(self) -> None:
+        assert self.awake in (None, self.state.target), "woken while another model was awake"
+        self.awake = None
+        self.state.wake_up()
+
     @precondition(lambda self: self.state.phase is Phase.WAKE)
     @rule()
     def wake(self) -> None:

@@ -84,7 +84,7 @@ async def test_who_was_interrupted_by_a_switch_that_failed_is_told_by_the_one_th
     async with running(pool) as run:
         old = await pool.switcher.acquire("a")
         with old.exchange(told.set):
-            pool.backends["a"].fail("sleep", BackendError("fake://a: refused"))
+            pool.backends["a"].fail("sleep", BackendError("fake://a: refused"), times=2)
             second = run.send("b")
             await second.done.wait()
             await until_settled(pool)
@@ -99,7 +99,7 @@ async def test_who_was_interrupted_by_a_switch_that_failed_is_told_by_the_one_th
 async def test_a_model_found_awake_has_no_pause_to_wait_for() -> None:
     pool = Pool(backoff=(1000.0, 1000.0))
     async with running(pool) as run:
-        pool.backends["b"].fail("wake", BackendError("fake://b: no"))
+        pool.backends["b"].fail("wake", BackendError("fake://b: no"), times=2)
         first = run.send("b")
         await first.done.wait()
         pool.gpu.half_woken.clear()

@@ -1,7 +1,7 @@
 """Ten thousand random steps against the switcher, on each event loop: no request ever reaches a sleeping server.
 
-Clients come, finish and leave; steps of a switch are held up and let go; sleeps and wakes fail; servers die and come back;
-time limits pass. After every step the invariants are checked, and at the end everything must be whole again.
+Clients come, finish and leave; steps of a switch are held up and let go; sleeps and wakes fail, once or for good; servers die
+and come back; time limits pass. After every step the invariants are checked, and at the end everything must be whole again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ STEPS = 10_000
 class Walk:
     """One seeded walk of `steps` steps."""
 
-    def __init__(self, seed: int, steps: int) -> None:
+    def __init__(self, seed: int, steps: int, stoppable: str = "") -> None:
         self.random = random.Random(seed)
         self.steps = steps
         self.now = 0.0
-        self.pool = Pool(FifoPolicy(min_active_duration=0, request_timeout=None), clock=lambda: self.now, backoff=(1.0, 4.0))
+        policy = FifoPolicy(min_active_duration=0, request_timeout=None)
+        self.pool = Pool(policy, clock=lambda: self.now, backoff=(1.0, 4.0), stoppable=stoppable)
         self.requests: list[Request] = []
         self.gates: list[Gate] = []
         self.served = self.failed = 0
@@ -63,9 +64,11 @@ class Walk:
             case "open" if self.gates:
                 self.gates.pop(0).open.set()
             case "fail" if not any(backend.faults.values()):
-                backend.fail(self.random.choice(["sleep", "wake", "ready", "state"]), BackendError("injected"))
+                step = self.random.choice(["sleep", "wake", "ready", "state", "stop"])
+                backend.fail(step, BackendError("injected"), times=self.random.randint(1, 3))
             case "give up" if not any(backend.faults.values()):
-                backend.fail(self.random.choice(["sleep", "wake", "ready"]), BackendTimeoutError("injected"))
+                step = self.random.choice(["sleep", "wake", "ready"])
+                backend.fail(step, BackendTimeoutError("injected"), times=self.random.randint(1, 3))
             case "doze off":
                 self.pool.gpu.doze_off()
             case "die" if backend.reachable:
@@ -109,9 +112,9 @@ class Walk:
         self.pool.check()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps(seed: int) -> None:
-    walk = Walk(seed, STEPS)
+@pytest.mark.parametrize(("seed", "stoppable"), [(1, ""), (2, ""), (3, "ab")])
+async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps(seed: int, stoppable: str) -> None:
+    walk = Walk(seed, STEPS, stoppable)
     with anyio.fail_after(120):
         await walk.run()
     statistics = walk.pool.switcher.statistics()
@@ -121,3 +124,4 @@ async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps
     assert statistics.switches > 100
     assert statistics.abandoned > 10
     assert statistics.failures > 10
+    assert {f"stopped {model}" for model in stoppable} <= set(walk.pool.gpu.events)

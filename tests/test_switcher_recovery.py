@@ -44,7 +44,7 @@ async def test_surplus_sleeps_at_its_own_level_and_the_model_in_use_stays_whoeve
 
 async def test_surplus_that_cannot_be_put_to_sleep_is_an_error_and_nothing_is_served() -> None:
     pool = Pool(awake="ab")
-    pool.backends["b"].fail("sleep", BackendError("will not"))
+    pool.backends["b"].fail("sleep", BackendError("will not"), times=2)
     async with running(pool) as run:
         first = run.send("a")
         await first.done.wait()
@@ -187,7 +187,7 @@ async def test_a_half_woken_server_is_put_to_sleep_after_all_others_and_before_a
     pool = Pool()
     async with running(pool) as run:
         (await run.served("a")).finish.set()
-        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"))
+        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=2)
         second = run.send("b")
         await second.done.wait()
         pool.gpu.events.clear()
@@ -198,20 +198,20 @@ async def test_a_half_woken_server_is_put_to_sleep_after_all_others_and_before_a
 async def test_the_next_wake_of_a_half_woken_server_wakes_it_whole() -> None:
     pool = Pool(backoff=(0.0, 0.0))
     async with running(pool) as run:
-        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"))
+        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=2)
         first = run.send("b")
         await first.done.wait()
         (await run.served("b")).finish.set()
-    assert pool.gpu.events == ["wake b", "wake b", "awake b"]
+    assert pool.gpu.events == ["wake b", "wake b", "wake b", "awake b"]
 
 
 async def test_a_half_woken_server_that_cannot_be_put_to_sleep_blocks_the_wake_of_others() -> None:
     pool = Pool(backoff=(0.0, 0.0))
     async with running(pool) as run:
-        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"))
+        pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=2)
         first = run.send("b")
         await first.done.wait()
-        pool.backends["b"].fail("sleep", BackendError("fake://b: stuck"))
+        pool.backends["b"].fail("sleep", BackendError("fake://b: stuck"), times=2)
         second = run.send("a")
         await second.done.wait()
         assert isinstance(second.error, SwitchError)
@@ -242,7 +242,7 @@ async def test_a_model_whose_sleep_timed_out_is_put_to_sleep_before_anything_is_
     pool = Pool()
     async with running(pool) as run:
         (await run.served("a")).finish.set()
-        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"))
+        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=2)
         second = run.send("b")
         await second.done.wait()
         assert isinstance(second.error, SwitchError)
@@ -250,30 +250,54 @@ async def test_a_model_whose_sleep_timed_out_is_put_to_sleep_before_anything_is_
         pool.gpu.doze_off()
         pool.backends["a"].forward()
         third.finish.set()
-    assert pool.gpu.events == ["wake a", "awake a", "sleep a", "sleep a", "asleep a", "wake a", "awake a"]
+    assert pool.gpu.events == ["wake a", "awake a", *["sleep a"] * 3, "asleep a", "wake a", "awake a"]
 
 
 async def test_nothing_is_served_while_it_cannot_be_put_to_sleep() -> None:
     pool = Pool()
     async with running(pool) as run:
         (await run.served("a")).finish.set()
-        for _ in range(3):  # by the switch, and whenever the servers are asked afterwards
-            pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"))
+        # In the switch, and whenever the servers are asked afterwards.
+        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=100)
         for model in ("b", "a"):
             request = run.send(model)
             await request.done.wait()
             assert isinstance(request.error, SwitchError)
             assert pool.switcher.statistics().mode is not Mode.ACTIVE
-        pool.gpu.doze_off()  # the call takes effect in the end
+        pool.backends["a"].faults.clear()
+        pool.gpu.doze_off()  # the calls take effect in the end
         (await run.served("a")).finish.set()
+
+
+async def test_a_model_that_has_acted_on_one_of_two_such_calls_is_put_to_sleep_before_it_wakes() -> None:
+    """It says that it sleeps, and the other call may still come when it is awake."""
+    pool = Pool()
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        pool.backends["a"].fail("sleep", BackendTimeoutError("fake://a: POST /sleep took longer than 120 s"), times=2)
+        pool.backends["a"].gate("sleep").open.set()
+        second_call = pool.backends["a"].gate("sleep")
+        second = run.send("b")
+        await second_call.entered.wait()
+        pool.gpu.doze_off()
+        second_call.open.set()
+        await second.done.wait()
+        await until_settled(pool)
+        assert pool.switcher.statistics().mode is Mode.IDLE
+        pool.gpu.events.clear()
+        third = await run.served("a")
+        pool.gpu.doze_off()
+        pool.backends["a"].forward()
+        third.finish.set()
+    assert pool.gpu.events == ["sleep a", "asleep a", "wake a", "awake a"]
 
 
 async def test_a_model_that_refused_to_sleep_goes_on_at_once() -> None:
     pool = Pool()
     async with running(pool) as run:
         (await run.served("a")).finish.set()
-        pool.backends["a"].fail("sleep", BackendError("fake://a: POST /sleep answered 500"))
+        pool.backends["a"].fail("sleep", BackendError("fake://a: POST /sleep answered 500"), times=2)
         second = run.send("b")
         await second.done.wait()
         (await run.served("a")).finish.set()
-    assert pool.gpu.events == ["wake a", "awake a", "sleep a"]
+    assert pool.gpu.events == ["wake a", "awake a", "sleep a", "sleep a"]

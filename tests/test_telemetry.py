@@ -121,11 +121,11 @@ async def test_a_switch_is_a_tree_under_the_request_that_began_it_and_linked_bot
 async def test_a_failed_switch_and_its_requests_are_errors_with_the_exception() -> None:
     recorded = Recorded()
     pool = Pool(telemetry=recorded.telemetry)
-    pool.backends["a"].fail("wake", BackendError("out of memory"))
+    pool.backends["a"].fail("wake", BackendError("out of memory"), times=2)
     await call(LLMuxMiddleware(Inner(pool), pool.switcher), Connection(b'{"model": "a"}'))
     await pool.switcher.aclose()
-    [request], [switch], [wake] = (recorded.named(name) for name in ("llmux.request", "llmux.switch", "wake"))
-    for span, kind in ((request, "SwitchError"), (switch, "BackendError"), (wake, None)):
+    [request], [switch], [first, second] = (recorded.named(name) for name in ("llmux.request", "llmux.switch", "wake"))
+    for span, kind in ((request, "SwitchError"), (switch, "BackendError"), (first, None), (second, None)):
         assert span.status.status_code is StatusCode.ERROR
         assert "out of memory" in (span.status.description or "")
         assert [event.name for event in span.events] == ["exception"]
@@ -144,7 +144,7 @@ async def test_all_that_waited_for_a_switch_are_linked_with_it_both_ways_wheneve
         recorded.exporter.clear()
         gate = pool.backends["a" if not fails else "b"].gate("wake")
         if fails:
-            pool.backends["b"].fail("wake", BackendError("out of memory"))
+            pool.backends["b"].fail("wake", BackendError("out of memory"), times=2)
         with anyio.fail_after(LIMIT):
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(call, app, Connection(b'{"model": "%s"}' % (b"b" if fails else b"a")))

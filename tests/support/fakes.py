@@ -7,6 +7,7 @@ from collections import deque
 import anyio
 
 from llmux_asgi import BackendState, BackendTimeoutError, BackendUnreachableError
+from llmux_asgi.exceptions import BackendStartError
 
 
 class Gate:
@@ -46,7 +47,7 @@ class GPU:
 
 
 class FakeBackend:
-    """A server in memory. `gates` and `faults` are used up in turn, by the name of the step: state, sleep, wake, ready."""
+    """A server in memory. `gates` and `faults` are used up in turn, by the step: state, sleep, wake, ready, stop."""
 
     def __init__(self, name: str, gpu: GPU, *, awake: bool = False) -> None:
         self.name = name
@@ -69,8 +70,9 @@ class FakeBackend:
         self.gates.setdefault(step, deque()).append(gate)
         return gate
 
-    def fail(self, step: str, exc: Exception) -> None:
-        self.faults.setdefault(step, deque()).append(exc)
+    def fail(self, step: str, exc: Exception, *, times: int = 1) -> None:
+        """Have the next `times` calls fail. It takes two for good: a sleep or a wake that has failed is tried once more."""
+        self.faults.setdefault(step, deque()).extend([exc] * times)
 
     def die(self) -> None:
         """Have the process end, and its memory with it."""
@@ -93,7 +95,7 @@ class FakeBackend:
             await gates.popleft().pass_through()
         if faults := self.faults.get(step):
             raise faults.popleft()
-        if not self.reachable and step != "state":
+        if not self.reachable and step not in ("state", "stop"):
             raise BackendUnreachableError(f"fake://{self.name}: nothing listens there")
 
     async def state(self) -> BackendState:
@@ -108,7 +110,8 @@ class FakeBackend:
         try:
             await self._step("sleep")
         except BackendTimeoutError:
-            self.gpu.dozing.add(self.name)
+            if self.reachable:  # a process that is gone does nothing more
+                self.gpu.dozing.add(self.name)
             raise
         self.levels.append(level)
         self._release_memory()
@@ -135,3 +138,29 @@ class FakeBackend:
             self.gpu.violations.append(f"a request reached {self.name}, which sleeps")
         if self.name in self.gpu.dozing:
             self.gpu.violations.append(f"a request reached {self.name}, which is about to fall asleep")
+
+
+class StoppableFake(FakeBackend):
+    """A server whose process is the gateway's own: `stop` ends it, and its memory with it; the next wake starts it."""
+
+    async def state(self) -> BackendState:
+        state = await super().state()
+        return BackendState.STOPPED if state is BackendState.UNREACHABLE else state
+
+    async def sleep(self, level: int) -> None:
+        if self.reachable:
+            await super().sleep(level)
+
+    async def wake(self) -> None:
+        self.reachable = True
+        try:
+            await super().wake()
+        except BackendStartError:
+            self.die()
+            raise
+
+    async def stop(self) -> None:
+        self.gpu.events.append(f"stop {self.name}")
+        await self._step("stop")
+        self.die()
+        self.gpu.events.append(f"stopped {self.name}")

@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 
 from llmux_asgi import FifoPolicy, LLMuxError, Mode, ModelSwitcher, Phase, SwitchPolicy
-from tests.support.fakes import GPU, FakeBackend
+from tests.support.fakes import GPU, FakeBackend, StoppableFake
 
 LIMIT = 5.0
 """Seconds after which a test that waits for an event has failed."""
@@ -29,11 +29,13 @@ class Request:
 
 
 class Pool:
-    """Models a, b, c over one fake GPU."""
+    """Models a, b, c over one fake GPU. The processes of those in `stoppable` are the gateway's own."""
 
-    def __init__(self, policy: SwitchPolicy | None = None, *, awake: str = "", **options: object) -> None:
+    def __init__(self, policy: SwitchPolicy | None = None, *, awake: str = "", stoppable: str = "", **options: object) -> None:
         self.gpu = GPU()
-        self.backends = {name: FakeBackend(name, self.gpu, awake=name in awake) for name in "abc"}
+        self.backends = {
+            name: (StoppableFake if name in stoppable else FakeBackend)(name, self.gpu, awake=name in awake) for name in "abc"
+        }
         self.switcher = ModelSwitcher(
             self.backends,
             policy or FifoPolicy(min_active_duration=0),
