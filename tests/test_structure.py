@@ -24,7 +24,16 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["backends._protocol", "backends._http", "backends.vllm", "backends._build", "backends", "_spawn"],
+    ["backends._protocol", "backends._http", "_spawn"],
+    [
+        "backends.vllm",
+        "backends.sglang",
+        "backends.llamacpp",
+        "backends.ollama",
+        "backends.hooks",
+        "backends._build",
+        "backends",
+    ],
     ["_lease", "_decision", "_servers", "_proxy", "switcher"],
     ["middleware"],
     ["app"],
