@@ -133,7 +133,7 @@ async def test_a_load_that_was_given_up_is_over_before_the_unload_is_believed(
     backend._timeouts = TimeoutsConfig()
     await backend.sleep(1)
     assert ollama.loaded == {}
-    assert ollama.asked[-1] == ("qwen3", 0)
+    assert ollama.asked[-1:] == [("qwen3", 0)]
     await backend.aclose()
 
 
