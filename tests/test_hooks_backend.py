@@ -112,9 +112,19 @@ async def test_a_hook_has_the_environment_of_the_gateway_and_nothing_to_read(
     scripts: Scripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OF_THE_GATEWAY", "inherited")
-    backend = scripts.backend(wake="cat; echo $OF_THE_GATEWAY; exit 9")
-    with pytest.raises(BackendError, match=r"exit status 9\. It wrote: inherited"):
-        await backend.wake()
+    backend = scripts.backend(wake="cat; echo $OF_THE_GATEWAY; exit 9", timeouts=TimeoutsConfig(wake=10))
+    reader, writer = os.pipe()
+    stdin = os.dup(0)
+    os.dup2(reader, 0)
+    os.write(writer, b"for somebody else\n")
+    os.close(writer)
+    try:
+        with pytest.raises(BackendError, match=r"exit status 9\. It wrote: inherited"):
+            await backend.wake()
+    finally:
+        os.dup2(stdin, 0)
+        for descriptor in (reader, stdin):
+            os.close(descriptor)
 
 
 @pytest.mark.parametrize("step", ["wake", "sleep"])

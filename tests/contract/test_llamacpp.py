@@ -28,6 +28,8 @@ from tests.support.serve import free_port, serve
 
 pytestmark = pytest.mark.anyio
 MODELS = ("alpha", "beta")
+LIMITS = TimeoutsConfig(sleep=20, wake=20)
+"""So that what would wait for ever fails."""
 
 
 @pytest.fixture(scope="module", params=["sim", pytest.param("real", marks=pytest.mark.vllm)])
@@ -69,7 +71,7 @@ def router(shared_router: str) -> str:
 
 
 async def test_a_model_is_loaded_and_unloaded_and_each_is_confirmed(router: str) -> None:
-    backend = LlamaCppBackend(router + "/", "alpha")
+    backend = LlamaCppBackend(router + "/", "alpha", timeouts=LIMITS)
     assert str(backend) == f"{router} (alpha)"
     assert await backend.state() is BackendState.ASLEEP
     for _ in range(2):
@@ -84,7 +86,7 @@ async def test_a_model_is_loaded_and_unloaded_and_each_is_confirmed(router: str)
 
 
 async def test_each_step_may_be_taken_again(router: str) -> None:
-    backend, other = LlamaCppBackend(router, "alpha"), LlamaCppBackend(router, "beta")
+    backend, other = LlamaCppBackend(router, "alpha", timeouts=LIMITS), LlamaCppBackend(router, "beta", timeouts=LIMITS)
     await backend.sleep(1)
     await backend.wake()
     await backend.wake()
@@ -99,7 +101,7 @@ async def test_each_step_may_be_taken_again(router: str) -> None:
 
 
 async def test_a_load_that_is_not_over_is_unloaded_too(router: str) -> None:
-    backend = LlamaCppBackend(router, "alpha")
+    backend = LlamaCppBackend(router, "alpha", timeouts=LIMITS)
     await backend.wake()
     await backend.sleep(1)
     assert statuses(router)["alpha"] == "unloaded"
@@ -107,7 +109,7 @@ async def test_a_load_that_is_not_over_is_unloaded_too(router: str) -> None:
 
 
 async def test_a_load_that_fails_is_told_with_what_the_router_knows(router: str) -> None:
-    backend = LlamaCppBackend(router, "broken")
+    backend = LlamaCppBackend(router, "broken", timeouts=LIMITS)
     for _ in range(2):
         await backend.wake()
         with pytest.raises(BackendError, match=r"the model's process ended with exit status 1 while it loaded"):
@@ -118,7 +120,7 @@ async def test_a_load_that_fails_is_told_with_what_the_router_knows(router: str)
 
 
 async def test_a_name_that_the_router_does_not_have_is_told_with_those_that_it_has(router: str) -> None:
-    backend = LlamaCppBackend(router, "gamma")
+    backend = LlamaCppBackend(router, "gamma", timeouts=LIMITS)
     for step in (backend.state(), backend.wake(), backend.ready(), backend.sleep(1)):
         with pytest.raises(BackendError, match=r"no model 'gamma'\. It has: alpha, beta, broken\. Set served_name"):
             await step
@@ -158,7 +160,7 @@ def url(simulated: SimulatedRouter) -> Iterator[str]:
 
 async def test_unloading_is_asked_for_once_and_waited_for(simulated: SimulatedRouter, url: str) -> None:
     simulated.slow = 5
-    backend = LlamaCppBackend(url, "alpha")
+    backend = LlamaCppBackend(url, "alpha", timeouts=LIMITS)
     await backend.wake()
     await backend.ready()
     await backend.sleep(1)
@@ -169,7 +171,7 @@ async def test_unloading_is_asked_for_once_and_waited_for(simulated: SimulatedRo
 
 async def test_a_model_is_found_by_an_alias(simulated: SimulatedRouter, url: str) -> None:
     simulated.models["alpha"].aliases.append("first")
-    backend = LlamaCppBackend(url, "first")
+    backend = LlamaCppBackend(url, "first", timeouts=LIMITS)
     await backend.wake()
     await backend.ready()
     assert simulated.models["alpha"].status == "loaded"
@@ -203,7 +205,7 @@ async def test_every_status_that_the_router_knows_has_a_meaning(
 ) -> None:
     """A model that sleeps by itself comes back by itself: it has to be unloaded before another one is woken."""
     simulated.models["alpha"].status = status
-    backend = LlamaCppBackend(url, "alpha")
+    backend = LlamaCppBackend(url, "alpha", timeouts=LIMITS)
     assert await backend.state() is state
     if status == "sleeping":
         await backend.ready()
@@ -214,7 +216,7 @@ async def test_every_status_that_the_router_knows_has_a_meaning(
 
 async def test_a_status_that_is_not_known_is_no_state(simulated: SimulatedRouter, url: str) -> None:
     simulated.models["alpha"].status = "hibernating"
-    backend = LlamaCppBackend(url, "alpha")
+    backend = LlamaCppBackend(url, "alpha", timeouts=LIMITS)
     with pytest.raises(BackendError, match="calls the model 'hibernating'"):
         await backend.state()
     await backend.aclose()
@@ -239,7 +241,7 @@ async def test_a_model_whose_process_ends_by_itself_is_unloaded(httpx_mock: HTTP
 
 async def test_a_server_with_a_single_model_says_how_to_start_a_router(simulated: SimulatedRouter, url: str) -> None:
     simulated.single = True
-    backend = LlamaCppBackend(url, "alpha")
+    backend = LlamaCppBackend(url, "alpha", timeouts=LIMITS)
     with pytest.raises(BackendUnsupportedError, match=r"has a single model\. Start llama-server as a router: without -m"):
         await backend.state()
     await backend.aclose()

@@ -16,6 +16,8 @@ from tests.support.ollama import SimulatedOllama
 from tests.support.serve import free_port, serve
 
 pytestmark = pytest.mark.anyio
+LIMITS = TimeoutsConfig(sleep=20, wake=20)
+"""So that what would wait for ever fails."""
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def url(ollama: SimulatedOllama) -> Iterator[str]:
 @pytest.mark.parametrize("name", ["qwen3", "qwen3:latest", "Qwen3", "library/qwen3"])
 async def test_a_model_is_loaded_for_ever_and_unloaded(ollama: SimulatedOllama, url: str, name: str) -> None:
     ollama.models.update({f"{name}:latest", name})  # the server knows it by each of these
-    backend = OllamaBackend(url + "/", name)
+    backend = OllamaBackend(url + "/", name, timeouts=LIMITS)
     assert str(backend) == f"{url} ({name})"
     assert await backend.state() is BackendState.ASLEEP
     await backend.wake()
@@ -66,7 +68,7 @@ async def test_a_model_is_known_by_its_name_and_tag(httpx_mock: HTTPXMock, wante
 
 
 async def test_an_unload_is_answered_at_once_and_confirmed_by_the_list(ollama: SimulatedOllama, url: str) -> None:
-    backend = OllamaBackend(url, "qwen3")
+    backend = OllamaBackend(url, "qwen3", timeouts=LIMITS)
     await backend.wake()
     ollama.lingering = 3
     await backend.sleep(1)
@@ -107,7 +109,7 @@ async def test_a_model_that_is_not_pulled_says_how_to_pull_it(url: str) -> None:
 
 
 async def test_a_load_that_fails_is_told_and_nothing_is_left(ollama: SimulatedOllama, url: str) -> None:
-    backend = OllamaBackend(url, "qwen3")
+    backend = OllamaBackend(url, "qwen3", timeouts=LIMITS)
     ollama.faults["qwen3:latest"] = 1
     with pytest.raises(BackendError, match=r"answered 500: .*out of memory"):
         await backend.wake()

@@ -168,6 +168,33 @@ async def test_a_reload_that_failed_is_done_again_or_its_memory_is_released(sgla
     await backend.aclose()
 
 
+async def test_of_a_reload_that_another_gateway_left_nothing_is_known(sglang: SimulatedSGLang) -> None:
+    sglang.arguments["enable_weights_cpu_backup"] = False
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    backend, other = SGLangBackend(url), SGLangBackend(url)
+
+    async def fails_to_reload(waking: SGLangBackend) -> None:
+        sglang.faults[RELOAD] = 1
+        with pytest.raises(BackendError, match=f"POST {RELOAD} answered 500"):
+            await waking.wake()
+
+    with serve(sglang, port=port):
+        await backend.sleep(1)
+        await fails_to_reload(backend)
+        await backend.sleep(1)  # from here on it has left nothing
+        await fails_to_reload(other)
+        with pytest.raises(BackendError, match="left in the middle of reloading"):
+            await backend.state()
+        await other.sleep(1)
+        await fails_to_reload(backend)
+    assert await backend.state() is BackendState.UNREACHABLE  # nor in the process that is started now
+    with serve(sglang, port=port), pytest.raises(BackendError, match="left in the middle of reloading"):
+        await backend.state()
+    await backend.aclose()
+    await other.aclose()
+
+
 @pytest.mark.parametrize("path", [MARK, ABORT, FLUSH, RELEASE])
 async def test_a_route_that_does_not_exist_is_told_and_nothing_is_left_behind(
     sglang: SimulatedSGLang, url: str, path: str

@@ -99,8 +99,7 @@ class SimulatedSGLang:
 
     async def _update_weight_version(self, request: Request) -> Response:
         body = await request.json()
-        if body.get("abort_all_requests", True):
-            self.running = 0
+        assert body["abort_all_requests"] is False  # the default is True
         self.version = body["new_version"]
         self.versions.append(self.version)
         return JSONResponse({"success": True})
