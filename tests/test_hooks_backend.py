@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 
 from llmux_asgi import (
@@ -18,12 +19,16 @@ from llmux_asgi import (
     FifoPolicy,
     HooksBackend,
     HooksConfig,
+    LLMuxApp,
     ModelConfig,
     ModelSwitcher,
     TimeoutsConfig,
 )
 from llmux_asgi.backends import build_backend
+from tests.gateway.scripts import echo
 from tests.support.eventually import eventually
+from tests.support.serve import EventLoop, serve
+from tests.support.upstream import ScriptedServer
 
 pytestmark = pytest.mark.anyio
 URL = "http://127.0.0.1:9"
@@ -273,6 +278,24 @@ async def test_the_switcher_switches_between_models_by_their_hooks(tmp_path: Pat
                 assert scripts.read("gpu") == f"{model}\n"
     await switcher.aclose()
     assert scripts.read("log").splitlines() == ["wake a", "sleep a 3", "wake b", "sleep b 3", "wake a"]
+
+
+def test_hooks_run_in_a_gateway_whose_event_loop_is_not_in_the_main_thread(tmp_path: Path, anyio_backend: EventLoop) -> None:
+    """Where asyncio's own way of waiting for processes depends on the version of Python, and uvloop has another one."""
+    scripts = Scripts(tmp_path)
+    hooks = {
+        "wake": scripts.write("wake", "echo $LLMUX_MODEL > gpu"),
+        "sleep": scripts.write("sleep", "rm gpu"),
+        "alive": scripts.write("alive", 'test "$(cat gpu 2>/dev/null)" = "$LLMUX_MODEL"'),
+    }
+    with serve(ScriptedServer(echo)) as a, serve(ScriptedServer(echo)) as b:
+        models = {"a": {"url": a, "hooks": hooks}, "b": {"url": b, "hooks": hooks}}
+        app = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+        with serve(app, anyio_backend) as url, httpx.Client(base_url=url, timeout=20) as client:
+            for model in ("a", "b", "a"):
+                answer = client.post("/v1/chat/completions", json={"model": model, "messages": []})
+                assert answer.status_code == 200, answer.text
+                assert scripts.read("gpu") == f"{model}\n"
 
 
 async def test_a_hook_that_fails_fails_the_switch_with_its_output(tmp_path: Path) -> None:
