@@ -24,11 +24,13 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["_spawn", "_process", "_guardian", "_memory"],
+    ["_spawn", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
     [
-        "backends._protocol",
-        "backends._http",
         "backends.vllm",
+        "backends.sglang",
+        "backends.llamacpp",
+        "backends.ollama",
+        "backends.hooks",
         "backends.managed",
         "backends.probe",
         "backends._build",

@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from llmux_asgi import cli, exceptions, json_schema, telemetry
+from llmux_asgi import (
+    HooksBackend,
+    LlamaCppBackend,
+    OllamaBackend,
+    SGLangBackend,
+    cli,
+    exceptions,
+    json_schema,
+    load_config,
+    telemetry,
+)
 from llmux_asgi._openai import INFERENCE_ROUTES, describe
+from llmux_asgi.backends import build_backend
 from llmux_asgi.sim import SimProcess
 
 from .hosting import ROOT, check_both_models, load_module, pointed, serving
@@ -69,6 +81,18 @@ def test_what_a_page_includes_and_links_to_exists(page: Path) -> None:
         assert not section or (f"[start:{section}]" in included and f"[end:{section}]" in included)
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (page.parent / target).exists(), target
+
+
+def test_each_kind_of_other_server_is_configured_as_the_page_says() -> None:
+    """Nothing is asked of a server here: the contract tests do that."""
+    kinds: list[type] = []
+    for block in blocks(ROOT / "docs" / "other-servers.md", "yaml"):
+        config = load_config(yaml.safe_load(block))
+        built = {type(build_backend(name, model, sleep_level=1)) for name, model in config.models.items()}
+        assert len(config.models) > 1
+        assert len(built) == 1
+        kinds += built
+    assert kinds == [LlamaCppBackend, OllamaBackend, SGLangBackend, HooksBackend]
 
 
 def test_the_commands_of_the_simulated_server_have_these_options() -> None:
