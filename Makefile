@@ -19,7 +19,7 @@ demo: $(VENV)/.demo ## switch between two simulated vLLM servers and show what h
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test ## the fast tests, with branch coverage; ARGS='...' goes to pytest
-	@$(BIN)/python -m pytest --cov --cov-branch --cov-report=term --cov-fail-under=95 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov --cov-branch --cov-report=term --cov-fail-under=95 $(ARGS)
 
 bench-switch: $(VENV)/.test ## what the gateway adds to the sleep and wake calls of a switch
 	@$(BIN)/python -m tests.benchmarks.switch_overhead

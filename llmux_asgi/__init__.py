@@ -5,8 +5,16 @@ from __future__ import annotations
 from ._lease import Lease
 from ._state import Mode, Phase, SwitcherStatistics
 from .app import LLMuxApp
-from .backends import Backend, BackendState, VLLMBackend
-from .config import Config, LimitsConfig, ModelConfig, PolicyConfig, TimeoutsConfig, json_schema, load_config
+from .backends import (
+    Backend,
+    BackendState,
+    HooksBackend,
+    LlamaCppBackend,
+    OllamaBackend,
+    SGLangBackend,
+    VLLMBackend,
+)
+from .config import Config, HooksConfig, LimitsConfig, ModelConfig, PolicyConfig, TimeoutsConfig, json_schema, load_config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
@@ -39,6 +47,8 @@ __all__ = [
     "ConfigError",
     "Defer",
     "FifoPolicy",
+    "HooksBackend",
+    "HooksConfig",
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxApp",
@@ -46,15 +56,18 @@ __all__ = [
     "LLMuxMiddleware",
     "Lease",
     "LimitsConfig",
+    "LlamaCppBackend",
     "Mode",
     "ModelConfig",
     "ModelSwitcher",
+    "OllamaBackend",
     "Phase",
     "PolicyConfig",
     "PolicyContext",
     "PolicyDecision",
     "PolicyError",
     "QueueTimeoutError",
+    "SGLangBackend",
     "SwitchContext",
     "SwitchError",
     "SwitchNow",

@@ -25,7 +25,7 @@ import anyio.to_thread
 
 from .exceptions import BackendError, BackendStartError
 
-__all__ = ["ServerProcess", "clear_leftovers"]
+__all__ = ["ServerProcess", "clear_leftovers", "processes_of"]
 
 output = logging.getLogger("llmux_asgi.vllm")
 """What the servers write, line by line."""
@@ -169,6 +169,11 @@ async def clear_leftovers(patience: float) -> None:
     deadline = time.monotonic() + patience
     if not await _until(gone, deadline + _MARGIN):
         raise BackendError(f"processes that an earlier gateway has left over cannot be killed: {_marked(is_left_over)}")
+
+
+def processes_of(gateway: int) -> list[int]:
+    """The living processes that the gateway with this process id has started, their guardians included."""
+    return _marked(lambda environ: environ.get(_GATEWAY_MARK, "").partition(":")[0] == str(gateway))
 
 
 async def _until(condition: Callable[[], bool], deadline: float) -> bool:

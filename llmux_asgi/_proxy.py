@@ -42,6 +42,11 @@ SCOPE_LEASE = "llmux.lease"
 SCOPE_ROUTE = "llmux.route"
 """Key of the ASGI scope with the request's path below the gateway's mount point."""
 
+SCOPE_LAST_TRY = "llmux.last_try"
+"""Key of the ASGI scope that says whether a request is sent for the last time."""
+
+_ERROR_EVENT = b'data: {"error"'
+"""What a server sends in a stream that its engine does not go on with."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
 _LONGEST_EVENT = 1 << 20
@@ -49,7 +54,14 @@ _LONGEST_EVENT = 1 << 20
 
 
 class UpstreamFault(Exception):
-    """A server refused, broke off or timed out. The message completes 'The server of the model … '."""
+    """A server refused, broke off or timed out. The message completes 'The server of the model … '.
+
+    `sent` is False if nothing of the request can have reached it.
+    """
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        super().__init__(message)
+        self.sent = sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +155,9 @@ def _faults(timeouts: TimeoutsConfig) -> Iterator[None]:
     try:
         yield
     except httpx.ConnectTimeout as exc:
-        raise UpstreamFault(f"did not accept a connection within {timeouts.connect:.3g} s.") from exc
+        raise UpstreamFault(f"did not accept a connection within {timeouts.connect:.3g} s.", sent=False) from exc
     except httpx.ConnectError as exc:
-        raise UpstreamFault(f"cannot be reached: {exc or 'connection failed'}.") from exc
+        raise UpstreamFault(f"cannot be reached: {exc or 'connection failed'}.", sent=False) from exc
     except httpx.TimeoutException as exc:
         raise UpstreamFault(f"was silent for {timeouts.read:.3g} s.") from exc
     except httpx.HTTPError as exc:
@@ -193,12 +205,13 @@ class _Target:
     prefix: bytes
     served_name: str
     timeouts: TimeoutsConfig
+    retry: bool
 
     @classmethod
     def of(cls, name: str, model: ModelConfig) -> _Target:
         parts = urlsplit(model.address)
         prefix = parts.path.rstrip("/").encode("ascii")
-        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, model.timeouts)
+        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, model.timeouts, model.retry)
 
 
 class _Relay:
@@ -230,7 +243,8 @@ class _Relay:
                 await self._fail(InterruptedRequestError(self._lease.model))
                 return
             self._lease.distrust()
-            error = UpstreamError(self._lease.model, str(exc))
+            may_retry = not self._started and (self._target.retry or not exc.sent)
+            error = UpstreamError(self._lease.model, str(exc), may_retry=may_retry)
             error.__cause__ = exc
             await self._fail(error)
         except LLMuxError as exc:
@@ -247,6 +261,10 @@ class _Relay:
             target += b"?" + query
         exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
         async with exchange as response:
+            if response.status >= 500:
+                self._lease.distrust()  # its engine may have died
+                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                    raise UpstreamFault(f"answered {response.status}.")
             kinds = {name.lower(): value for name, value in response.headers}
             streams = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
             encoded = kinds.get(b"content-encoding", b"identity") != b"identity"  # although it was asked not to
@@ -286,6 +304,8 @@ class _Relay:
             if len(rest) > _LONGEST_EVENT:
                 events, rest = events + rest, b""
             answer.note(events)
+            if _ERROR_EVENT in events:
+                self._lease.distrust()
             if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
                 await self._pass_on(events[:cut])
                 raise InterruptedRequestError(self._lease.model)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 
 import anyio
 
+from ._memory import MemoryCheck
 from .backends import Backend, BackendState, StoppableBackend
 from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
 
@@ -32,9 +33,12 @@ class _Steps(enum.Flag):
 class Servers:
     """The backends of one pool by model, with the state that each was last confirmed to be in."""
 
-    def __init__(self, backends: Mapping[str, Backend]) -> None:
+    def __init__(self, backends: Mapping[str, Backend], memory: MemoryCheck | None = None) -> None:
         self._backends = dict(backends)
+        self._memory = memory
         self._known: dict[str, BackendState] = {}
+        self._measured = False
+        """Whether the memory was measured before the last wake."""
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
 
     @property
@@ -45,6 +49,10 @@ class Servers:
     def says_awake(self, model: str) -> bool:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE
+
+    def states(self) -> dict[str, str]:
+        """What each server was last known to be; `unknown` if there is no clear answer."""
+        return {model: state.value if (state := self._known.get(model)) else "unknown" for model in self.models}
 
     def is_sound(self, model: str) -> bool:
         """Say whether what the server of `model` tells of itself is the whole truth."""
@@ -106,11 +114,11 @@ class Servers:
         If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own.
         """
         try:
-            await self._try_to_sleep(model, level)
+            await self._put_to_sleep(model, level)
         except BackendError as exc:
             logger.warning("putting the model %r to sleep failed, it is tried once more: %s", model, exc)
             try:
-                await self._try_to_sleep(model, level)
+                await self._put_to_sleep(model, level)
             except BackendError as again:
                 await self.stop(model, again)
 
@@ -122,6 +130,18 @@ class Servers:
         logger.warning("ending the process of the model %r: %s", model, reason)
         await backend.stop()
         self._learn(model, BackendState.STOPPED)
+        if self._memory is not None:
+            await self._memory.confirm_freed(model)
+
+    async def _put_to_sleep(self, model: str, level: int) -> None:
+        await self._try_to_sleep(model, level)
+        if self._memory is not None:
+            try:
+                await self._memory.confirm_freed(model)
+            except BackendError:
+                self._known.pop(model, None)
+                self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
+                raise
 
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)
@@ -147,8 +167,12 @@ class Servers:
     async def wake(self, model: str) -> None:
         """Wake `model`, unless it is awake already. It counts as half-woken until `ready` has returned."""
         if self.says_awake(model) and self.is_sound(model) and await self.look(model) is BackendState.AWAKE:
+            self._measured = False
             return
         self._known.pop(model, None)
+        self._measured = self._memory is not None and self.is_sound(model)
+        if self._memory is not None and self._measured:
+            self._memory.before_wake()
         self._unconfirmed[model] |= _Steps.WAKE
         await self._backends[model].wake()
 
@@ -157,19 +181,28 @@ class Servers:
         await self._backends[model].ready()
         self._known[model] = BackendState.AWAKE
         self._unconfirmed[model] = _Steps.NONE
+        if self._memory is not None and self._measured:
+            self._memory.after_wake(model)
+
+    async def end_processes(self) -> None:
+        """End the gateway's own processes, whatever they are doing."""
+        async with anyio.create_task_group() as tasks:
+            for model, backend in self._backends.items():
+                if isinstance(backend, StoppableBackend):
+                    tasks.start_soon(self._close, model, backend.stop)
 
     async def aclose(self) -> None:
         """Close the backends' connections and end the gateway's own processes."""
-
-        async def close(model: str) -> None:
-            try:
-                await self._backends[model].aclose()
-            except BackendError as exc:
-                logger.error("closing the backend of the model %r: %s", model, exc)
-
         async with anyio.create_task_group() as tasks:
-            for model in self.models:
-                tasks.start_soon(close, model)
+            for model, backend in self._backends.items():
+                tasks.start_soon(self._close, model, backend.aclose)
+
+    @staticmethod
+    async def _close(model: str, close: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await close()
+        except BackendError as exc:
+            logger.error("closing the backend of the model %r: %s", model, exc)
 
     def _learn(self, model: str, state: BackendState) -> None:
         self._known[model] = state

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import Context
 
-__all__ = ["only_own_cancellation", "spawn"]
+import anyio
+
+__all__ = ["beside", "only_own_cancellation", "spawn"]
 
 _running: set[asyncio.Task[None]] = set()
 """asyncio keeps only weak references to its tasks."""
@@ -31,6 +33,29 @@ def spawn(function: Callable[[], Awaitable[None]], name: str) -> None:
         import trio
 
         trio.lowlevel.spawn_system_task(function, name=name)
+
+
+@asynccontextmanager
+async def beside(function: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
+    """Run `function()` in a task of its own while in the block; at its end cancel it and wait for it. It must not raise.
+
+    The block may be entered in one task and left in another one, unlike a task group's.
+    """
+    scope, done = anyio.CancelScope(), anyio.Event()
+
+    async def run() -> None:
+        try:
+            with scope:
+                await function()
+        finally:
+            done.set()
+
+    spawn(run, name)
+    try:
+        yield
+    finally:
+        scope.cancel()
+        await done.wait()
 
 
 async def _run(function: Callable[[], Awaitable[None]]) -> None:

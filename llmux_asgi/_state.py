@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 __all__ = ["Mode", "Phase", "SwitcherState", "SwitcherStatistics", "Ticket", "TicketStatus"]
@@ -95,6 +95,8 @@ class SwitcherStatistics:
     """Switches given up before the point of no return, or before the wake, because nobody waited any more."""
     failures: int
     """Switches that failed."""
+    servers: Mapping[str, str] = field(default_factory=dict)
+    """What each model's server was last known to be: `awake`, `asleep`, `stopped`, `unreachable` or `unknown`."""
 
 
 class SwitcherState:
@@ -108,6 +110,7 @@ class SwitcherState:
         self.active_since = 0.0
         self._doubted = False
         self._in_flight = dict.fromkeys(models, 0)
+        self._last_active: dict[str, None] = {}
         # Tickets in order of arrival; a dict, so that one in the middle leaves in O(1).
         self._queues: dict[str, dict[Ticket, None]] = {model: {} for model in self._in_flight}
         self._switches = self._abandoned = self._failures = 0
@@ -166,6 +169,11 @@ class SwitcherState:
     def waiting_models(self) -> list[str]:
         """The models with waiting requests, the one that has waited longest first."""
         return sorted((m for m, queue in self._queues.items() if queue), key=lambda m: self.oldest(m).since)
+
+    def by_use(self, models: Iterable[str]) -> list[str]:
+        """Sort `models` by when they were active last, the latest first; those that never were keep their order."""
+        order = {model: position for position, model in enumerate(self._last_active)}
+        return sorted(models, key=lambda model: order.get(model, -1), reverse=True)
 
     # Transitions
 
@@ -282,8 +290,13 @@ class SwitcherState:
         if self._doubted:
             self.mode = Mode.UNKNOWN
             return []
-        self.mode = Mode.IDLE if self.active is None else Mode.ACTIVE
-        return [] if self.active is None else self._grant(self.active)
+        if self.active is None:
+            self.mode = Mode.IDLE
+            return []
+        self.mode = Mode.ACTIVE
+        self._last_active.pop(self.active, None)
+        self._last_active[self.active] = None
+        return self._grant(self.active)
 
     def _grant(self, model: str) -> list[Ticket]:
         granted = self._empty(model, TicketStatus.GRANTED)

@@ -46,22 +46,26 @@ class Steps:
         try:
             await self._wake(to)
             return
-        except BackendStartError:
-            raise
         except BackendError as exc:
             failure = exc
+            if not self._is_worth_another_try(exc, to):
+                raise
         if not isinstance(failure, (BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError)):
             logger.warning("waking the model %r failed, it is tried once more: %s", to, failure)
             await self.make_room(to, None)
             try:
                 await self._wake(to)
                 return
-            except BackendStartError:
-                raise
             except BackendError as exc:
                 failure = exc
+                if not self._is_worth_another_try(exc, to):
+                    raise
         await self._servers.stop(to, failure)
         await self._wake(to)
+
+    def _is_worth_another_try(self, exc: BackendError, to: str) -> bool:
+        """Not for a process that does not come up, nor when nobody waits any more: the gateway may be shutting down."""
+        return not isinstance(exc, BackendStartError) and self._state.depth(to) > 0
 
     async def _wake(self, to: str) -> None:
         self._state.wake_up()

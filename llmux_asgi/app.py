@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from ._memory import MemoryGauge
 from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
 from ._proxy import Proxy
+from ._spawn import beside
 from .backends import with_ports
 from .config import ConfigSource, load_config
 from .exceptions import UnknownModelError
@@ -35,7 +38,8 @@ class LLMuxApp:
         app.mount("/llm", LLMuxApp("llmux.yaml"))
 
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
-    `policy` replaces the one of the configuration. The providers are OpenTelemetry's, by default the global ones.
+    `policy` and `memory` (what reads the GPU) replace those of the configuration.
+    The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
     used. A host that wants them closed at its end enters `lifespan`: `Starlette(lifespan=llm.lifespan, …)`.
@@ -48,10 +52,11 @@ class LLMuxApp:
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
         policy: SwitchPolicy | None = None,
+        memory: MemoryGauge | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
-            self.config, policy=policy, telemetry=Telemetry(tracer_provider, meter_provider)
+            self.config, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
         )
         self._proxy = Proxy(self.config.models)
         self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
@@ -74,18 +79,31 @@ class LLMuxApp:
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """On leaving, close what the gateway has opened; a step on the wire is waited for. For the host's `lifespan`."""
+        """Preload models and watch the active one while in the block; on leaving it, `aclose`. For the host's `lifespan`."""
         try:
-            yield
+            async with beside(self._watch, "llmux_asgi watch"), beside(self._preload, "llmux_asgi preload"):
+                yield
         finally:
             await self.aclose()
 
     async def aclose(self) -> None:
-        """Refuse waiting requests, let a switch step that is on the wire end, and close all connections."""
+        """Answer new and waiting requests with 503, give running ones `limits.shutdown` seconds, end all processes.
+
+        A switch step that is on the wire is waited for. Connections are closed.
+        """
         try:
-            await self.switcher.aclose()
+            await self.switcher.aclose(drain=self.config.limits.shutdown)
         finally:
             await self._proxy.aclose()
+
+    async def _watch(self) -> None:
+        while (interval := self.config.limits.health_interval) is not None:
+            await anyio.sleep(interval)
+            await self.switcher.check()
+
+    async def _preload(self) -> None:
+        # The first of the configuration comes last, and stays.
+        await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_path(scope), scope["method"]

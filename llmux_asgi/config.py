@@ -36,6 +36,7 @@ __all__ = [
     "ConfigSource",
     "HooksConfig",
     "LimitsConfig",
+    "MemoryConfig",
     "ModelConfig",
     "PolicyConfig",
     "TimeoutsConfig",
@@ -47,6 +48,8 @@ __all__ = [
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
 PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
 SleepLevel: TypeAlias = Literal[1, 2, 3]
+ProbeKind: TypeAlias = Literal["none", "token", "fingerprint"]
+MemoryCheckKind: TypeAlias = Literal["none", "nvml"]
 ServerKind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama"]
 PolicyName: TypeAlias = Literal["fifo"]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
@@ -118,6 +121,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retry: Annotated[
         bool, Meta(description="Send a request once more if its server broke down before it had begun to answer.")
     ] = False
+    probe: Annotated[
+        ProbeKind,
+        Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
+    ] = "none"
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
 
     def __post_init__(self) -> None:
@@ -201,6 +208,14 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise _ValueConfigError("backoff_max", f"must not be less than backoff_initial, which is {self.backoff_initial:g}")
 
 
+class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether a sleeping model has to have given its GPU memory back before another one is woken."""
+
+    check: Annotated[MemoryCheckKind, Meta(description="nvml: read the GPU's used memory (needs the extra nvml).")] = "none"
+    device: Annotated[int, Meta(ge=0, description="The GPU's index, as nvidia-smi shows it.")] = 0
+    settle: Annotated[PositiveSeconds, Meta(description="Time that the driver may take to give memory back.")] = 5.0
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration of one gateway."""
 
@@ -210,6 +225,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ]
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -333,12 +349,19 @@ def _build(raw: Any) -> Config:
     return _convert(raw, Config, "$")
 
 
-_ALLOWED = {"sleep_level": get_args(SleepLevel), "name": get_args(PolicyName), "server": get_args(ServerKind)}
+_ALLOWED = {
+    "sleep_level": get_args(SleepLevel),
+    "name": get_args(PolicyName),
+    "server": get_args(ServerKind),
+    "probe": get_args(ProbeKind),
+    "check": get_args(MemoryCheckKind),
+}
 _HINTS = {
     "Expected `float`, got": " (a number, in seconds)",
     "Expected `float | null`, got": " (a number, in seconds, or null)",
     "Expected `array`, got `str`": " (write a list: [one, two])",
     "Expected `str`, got": " (write it in quotes)",
+    "Expected `str | null`, got": " (write it in quotes)",
 }
 
 

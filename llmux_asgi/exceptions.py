@@ -108,11 +108,11 @@ class SwitchError(LLMuxError):
 
 
 class InterruptedRequestError(LLMuxError):
-    """The running request was aborted because its model was put to sleep (drain off, or the drain deadline passed)."""
+    """The running request was aborted: its model was put to sleep (drain off, deadline passed) or its server ended."""
 
     def __init__(self, model: str) -> None:
         super().__init__(
-            f"The request was aborted because the model {model!r} was put to sleep before the answer was complete. "
+            f"The request was aborted because the model {model!r} was put to sleep, or ended, before the answer was complete. "
             "Send the request again."
         )
         self.model = model
@@ -144,9 +144,13 @@ class BackendUnsupportedError(BackendError):
 
 
 class UpstreamError(LLMuxError):
-    """An awake server refused, broke off or timed out while a request was relayed to it."""
+    """An awake server refused, broke off or timed out while a request was relayed to it.
 
-    def __init__(self, model: str, reason: str) -> None:
+    `may_retry`: nothing of the answer has been passed on, and to send the request again does no harm.
+    """
+
+    def __init__(self, model: str, reason: str, *, may_retry: bool = False) -> None:
         super().__init__(f"The server of the model {model!r} {reason}")
         self.model = model
         self.reason = reason
+        self.may_retry = may_retry

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import telemetry as names
 from ._lease import Lease
 from ._openai import INFERENCE_ROUTES, content_length, describe, model_of, read_fields
-from ._proxy import SCOPE_LEASE, SCOPE_ROUTE
+from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
 from .exceptions import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -21,6 +21,7 @@ from .exceptions import (
     PolicyError,
     SwitchError,
     UnknownModelError,
+    UpstreamError,
 )
 from .switcher import ModelSwitcher
 from .telemetry import failed
@@ -83,6 +84,7 @@ class _Responder:
         self._route = route
         self._span = span
         self._body: bytes | None = None
+        self._replayed = False
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
@@ -116,6 +118,17 @@ class _Responder:
             self._switcher.telemetry.requests.add(1, counted)
 
     async def _answer(self, model: str) -> None:
+        try:
+            await self._attempt(model, last=False)
+        except UpstreamError as exc:
+            if self._status or not exc.may_retry:
+                raise
+            logger.warning("%s The request is sent once more.", exc)
+            self._span.record_exception(exc)
+            self._replayed = False
+            await self._attempt(model, last=True)
+
+    async def _attempt(self, model: str, *, last: bool) -> None:
         lease = self._switcher.try_acquire(model) or await self._wait_for_lease(model)
         if lease is None:
             return
@@ -125,7 +138,7 @@ class _Responder:
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
-            scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route}
+            scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route, SCOPE_LAST_TRY: last}
             await self._middleware.app(scope, self._replay, self._watch_answer)
         finally:
             lease.release()
@@ -194,9 +207,9 @@ class _Responder:
         self._span.set_attribute(names.CLIENT_DISCONNECTED, True)
 
     async def _replay(self) -> Message:
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
+        if self._body is not None and not self._replayed:
+            self._replayed = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
         if self._disconnected:
             return {"type": "http.disconnect"}
         return await self._receive()
@@ -204,6 +217,7 @@ class _Responder:
     async def _watch_answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
+            self._body = None  # it is not needed any more
             self._span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, self._status)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:

@@ -8,10 +8,13 @@ time limit, a cancelled host never reach into a step that is on the wire.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import anyio
@@ -20,13 +23,22 @@ from . import telemetry as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._lease import Activation, Lease, Waiter
+from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, Ticket, TicketStatus
 from ._steps import Steps
-from .backends import Backend, build_backend
+from .backends import Backend, BackendState, build_backend, with_ports
 from .config import Config, PolicyConfig
-from .exceptions import BackendError, LLMuxError, PolicyError, QueueTimeoutError, SwitchError, UnknownModelError
+from .exceptions import (
+    BackendError,
+    BackendTimeoutError,
+    LLMuxError,
+    PolicyError,
+    QueueTimeoutError,
+    SwitchError,
+    UnknownModelError,
+)
 from .policy import FifoPolicy, SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
 
@@ -45,7 +57,8 @@ class ModelSwitcher:
 
     `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
     override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
-    seconds: it doubles with each failure in a row. `clock` gives monotonic seconds.
+    seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
+    out of it within `memory_settle` seconds. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -57,12 +70,14 @@ class ModelSwitcher:
         sleep_levels: Mapping[str, int] | None = None,
         request_timeouts: Mapping[str, float] | None = None,
         backoff: tuple[float, float] = (1.0, 30.0),
+        memory: MemoryGauge | None = None,
+        memory_settle: float = 5.0,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
-        self._servers = Servers(backends)
+        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or FifoPolicy()
         self._sleep_levels = dict(sleep_levels or {})
@@ -79,15 +94,27 @@ class ModelSwitcher:
         self._stopped = anyio.Event()
         self._changed = anyio.Event()
         self._drained = anyio.Event()
+        self._released = anyio.Event()
         self._give_up: anyio.CancelScope | None = None
         self._steps = Steps(self._servers, self._state, self.telemetry, self._sleep_level)
         self._decider = Decider(self._policy, self._state, clock, self._blame_policy, lambda: self._changed.set())
 
     @classmethod
     def from_config(
-        cls, config: Config, *, policy: SwitchPolicy | None = None, telemetry: Telemetry | None = None
+        cls,
+        config: Config,
+        *,
+        policy: SwitchPolicy | None = None,
+        memory: MemoryGauge | None = None,
+        telemetry: Telemetry | None = None,
     ) -> ModelSwitcher:
-        """Build the switcher of a configuration, with the backend that each model asks for."""
+        """Build the switcher of a configuration, with the backend that each model asks for.
+
+        `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
+        """
+        config = with_ports(config)
+        if memory is None and config.memory.check == "nvml":
+            memory = NvmlGauge(config.memory.device)
         levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
         if policy is None:
             policy = _policy(config.policy)
@@ -102,6 +129,8 @@ class ModelSwitcher:
             request_timeouts={
                 name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
             },
+            memory=memory,
+            memory_settle=config.memory.settle,
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
@@ -172,7 +201,7 @@ class ModelSwitcher:
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        return self._state.snapshot()
+        return replace(self._state.snapshot(), servers=MappingProxyType(self._servers.states()))
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
@@ -184,30 +213,59 @@ class ModelSwitcher:
 
         A caller that is cancelled leaves; the steps that this takes run to their end.
         """
-        done = anyio.Event()
 
         async def run() -> None:
+            self.distrust()
+            await self._reconcile()
+
+        await self._in_its_own_task(run)
+
+    async def check(self) -> None:
+        """Ask the active model's server how it is. If it is not awake, ask all of them, and adopt what they say.
+
+        One that takes too long to answer is taken to be busy.
+        """
+
+        async def run() -> None:
+            model = self._state.active
+            if model is None or self._state.mode is not Mode.ACTIVE:
+                return
             try:
-                async with self._exclusively():
-                    self.distrust()
-                    await self._reconcile()
-            except Exception as exc:
-                logger.exception("reconciling met an unexpected error")
-                self._refuse_all(f"unexpected error: {exc!r}")
-            finally:
-                done.set()
+                if await self._servers.look(model) is BackendState.AWAKE:
+                    return
+                logger.warning("the server of the active model %r is not awake any more", model)
+            except BackendTimeoutError:
+                return
+            except BackendError as exc:
+                logger.warning("the server of the active model %r does not say that it is awake: %s", model, exc)
+            self.distrust()
+            await self._reconcile()
 
-        spawn(run, "llmux_asgi reconcile")
-        await done.wait()
+        await self._in_its_own_task(run)
 
-    async def aclose(self) -> None:
-        """Refuse the waiting requests and new ones, let a step that is on the wire end, and close the backends' connections.
+    async def preload(self, models: Iterable[str]) -> None:
+        """Make each of `models` active once, the last one for good. A failure is logged, as that of any switch."""
+        for model in models:
+            with suppress(LLMuxError):
+                (await self.acquire(model, timeout=math.inf)).release()
 
-        The switcher may be used again afterwards: it then starts by asking the servers for their state.
+    async def aclose(self, *, drain: float = 0.0) -> None:
+        """Refuse waiting requests and new ones, give running ones `drain` seconds, and end what the gateway has started.
+
+        A step that is on the wire is waited for. Processes of the gateway are ended, connections closed. The switcher may be
+        used again afterwards: it then starts by asking the servers for their state.
         """
         self._closing = True
         try:
             self._refuse_all(_CLOSING)
+            with anyio.move_on_after(drain):
+                while any(self._state.in_flight(model) for model in self.models):
+                    self._released = anyio.Event()
+                    await self._released.wait()
+            if self._activation.leases:
+                self._activation.interrupted = True
+            # Before a step on the wire is waited for: to start a server takes minutes, and it would be ended right after it.
+            await self._servers.end_processes()
             if self._driving:
                 await self._stopped.wait()
             async with self._exclusively():
@@ -217,9 +275,26 @@ class ModelSwitcher:
             self._closing = False
         self._lock = None  # one that was used on an event loop does not work on another
 
+    async def _in_its_own_task(self, function: Callable[[], Awaitable[None]]) -> None:
+        done = anyio.Event()
+
+        async def run() -> None:
+            try:
+                async with self._exclusively():
+                    await function()
+            except Exception as exc:
+                logger.exception("reconciling met an unexpected error")
+                self._refuse_all(f"unexpected error: {exc!r}")
+            finally:
+                done.set()
+
+        spawn(run, "llmux_asgi inquiry")
+        await done.wait()
+
     def _release(self, model: str) -> None:
         if self._state.release(model) and model == self._state.active:
             self._drained.set()
+        self._released.set()
         self._changed.set()
 
     def _withdraw(self, waiter: Waiter) -> None:
@@ -322,11 +397,11 @@ class ModelSwitcher:
             # It may be serving. Nothing is done about it, and nobody is served, before it is known.
             self._refuse_all(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
             return
-        awake = [model for model in self.models if self._servers.says_awake(model)]
+        awake = self._state.by_use(model for model in self.models if self._servers.says_awake(model))
         sound = [model for model in awake if self._servers.is_sound(model)]
         keep = next((model for model in (previous, *self._state.waiting_models(), *sound) if model in sound), None)
         try:
-            for model in awake:
+            for model in reversed(awake):
                 if model != keep:
                     logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
                     await self._servers.sleep(model, self._sleep_level(model))

@@ -25,7 +25,20 @@ FULL: dict[str, Any] = {
             "sleep_level": 2,
             "timeouts": {"request": 10, "connect": 1, "probe": 2.5, "sleep": 30, "wake": 60, "read": None},
         },
-        "llama": {"url": "https://gpu.example:8443/behind"},
+        "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
+        "own": {
+            "command": ["vllm", "serve", "own", "--port", "{port}"],
+            "env": {"CUDA_VISIBLE_DEVICES": "0"},
+            "cwd": "/srv",
+            "preload": True,
+            "sleep_level": 3,
+            "timeouts": {"start": 100, "stop": 1},
+        },
+        "scripted": {
+            "url": "http://127.0.0.1:8003",
+            "hooks": {"wake": ["up"], "sleep": ["down"], "alive": ["is-up"]},
+            "sleep_level": 3,
+        },
     },
     "policy": {
         "name": "fifo",
@@ -35,7 +48,8 @@ FULL: dict[str, Any] = {
         "drain": True,
         "drain_timeout": 3,
     },
-    "limits": {"max_body": 1000, "backoff_initial": 0.5, "backoff_max": 8},
+    "limits": {"max_body": 1000, "backoff_initial": 0.5, "backoff_max": 8, "health_interval": None, "shutdown": 3},
+    "memory": {"check": "nvml", "device": 1, "settle": 2},
 }
 YAML = """
 models:
@@ -68,6 +82,8 @@ def test_everything_can_be_set() -> None:
     assert config.aliases == {"gpt-4o": "qwen", "best": "qwen"}
     assert msgspec.to_builtins(config)["policy"] == FULL["policy"]
     assert msgspec.to_builtins(config)["limits"] == FULL["limits"]
+    assert msgspec.to_builtins(config)["memory"] == FULL["memory"]
+    assert config.models["own"].command == ("vllm", "serve", "own", "--port", "{port}")
     assert config.models["qwen"].timeouts.read is None
 
 
@@ -93,8 +109,11 @@ def model(**values: Any) -> dict[str, Any]:
         ({"models": {7: {"url": URL}}}, "$.models.7: a model's name is a text: write it in quotes"),
         ({"models": []}, "$.models: expected `object`, got `array`"),
         ({"models": {"qwen": None}}, "$.models.qwen: expected `object`, got `null`"),
-        ({"models": {"qwen": {}}}, "$.models.qwen: object missing required field `url`"),
-        (model(url=7), "$.models.qwen.url: expected `str`, got `int` (write it in quotes)"),
+        (
+            {"models": {"qwen": {}}},
+            "$.models.qwen.url: is missing: say where the server listens, or give a command that starts it",
+        ),
+        (model(url=7), "$.models.qwen.url: expected `str | null`, got `int` (write it in quotes)"),
         (model(url="nonsense"), "$.models.qwen.url: 'nonsense' is not a URL such as http://127.0.0.1:8001"),
         (model(url="ftp://x"), "$.models.qwen.url: 'ftp://x' is not a URL such as http://127.0.0.1:8001"),
         (model(url="http://x:99999"), "$.models.qwen.url: 'http://x:99999': Port out of range 0-65535"),
@@ -118,7 +137,34 @@ def model(**values: Any) -> dict[str, Any]:
             {"models": {"a": {"url": URL}, "b": {"url": URL + "/"}}},
             f"$.models.b.url: '{URL}/' already is the server of the model 'a'",
         ),
-        (model(sleep_level=3), "$.models.qwen.sleep_level: invalid enum value 3 (one of: 1, 2)"),
+        (model(sleep_level=4), "$.models.qwen.sleep_level: invalid enum value 4 (one of: 1, 2, 3)"),
+        (
+            model(sleep_level=3),
+            "$.models.qwen.sleep_level: 3 stops the server's process, which only one with a command has",
+        ),
+        (
+            {**MINIMAL, "policy": {"sleep_level": 3}},
+            (
+                "$.policy.sleep_level: 3 stops the server's process, which only one with a command has: "
+                "give this model its own level (models.qwen.sleep_level)"
+            ),
+        ),
+        (model(server="tgi"), "$.models.qwen.server: invalid enum value 'tgi' (one of: vllm, sglang, llama.cpp, ollama)"),
+        (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),
+        (model(preload=True), "$.models.qwen.preload: has no effect without a command"),
+        (
+            {"models": {"qwen": {"command": ["vllm", "serve"]}}},
+            "$.models.qwen.command: has no {port}: write it where the port belongs, or say in url where it listens",
+        ),
+        (
+            {"models": {"qwen": {"command": ["vllm"], "url": "http://127.0.0.1"}}},
+            "$.models.qwen.url: 'http://127.0.0.1' must name the port that the command listens on",
+        ),
+        ({"models": {"qwen": {"command": []}}}, "$.models.qwen.command: expected `array` of length >= 1"),
+        (
+            {"models": {"qwen": {"command": ["a", "{port}"], "hooks": {"wake": ["a"], "sleep": ["a"], "alive": ["a"]}}}},
+            "$.models.qwen.hooks: cannot be combined with command: let the hooks start and stop the server",
+        ),
         (model(aliases="x"), "$.models.qwen.aliases: expected `array`, got `str` (write a list: [one, two])"),
         (model(timeouts={"wake": "5s"}), "$.models.qwen.timeouts.wake: expected `float`, got `str` (a number, in seconds)"),
         (
@@ -215,5 +261,5 @@ def test_the_shipped_schema_is_current_and_fits() -> None:
     validator.check_schema(shipped)
     validator.validate(FULL)
     validator.validate(MINIMAL)
-    for wrong in ({}, {**MINIMAL, "x": 1}, model(sleep_level=3), model(url=1)):
+    for wrong in ({}, {**MINIMAL, "x": 1}, model(sleep_level=4), model(url=1)):
         assert not validator.is_valid(wrong)

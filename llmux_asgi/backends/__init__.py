@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from ._build import build_backend, with_ports
 from ._protocol import STOP_LEVEL, Backend, BackendState, StoppableBackend
+from .hooks import HooksBackend
+from .llamacpp import LlamaCppBackend
 from .managed import ManagedBackend
+from .ollama import OllamaBackend
+from .probe import ProbedBackend
+from .sglang import SGLangBackend
 from .vllm import VLLMBackend
 
 __all__ = [
     "STOP_LEVEL",
     "Backend",
     "BackendState",
+    "HooksBackend",
+    "LlamaCppBackend",
     "ManagedBackend",
+    "OllamaBackend",
+    "ProbedBackend",
+    "SGLangBackend",
     "StoppableBackend",
     "VLLMBackend",
     "build_backend",

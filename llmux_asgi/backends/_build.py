@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import assert_never
 
 import msgspec
 
 from ..config import Config, ModelConfig
 from ._protocol import Backend
+from .hooks import HooksBackend
+from .llamacpp import LlamaCppBackend
 from .managed import ManagedBackend, free_port
+from .ollama import OllamaBackend
+from .probe import ProbedBackend
+from .sglang import SGLangBackend
 from .vllm import VLLMBackend
 
 __all__ = ["build_backend", "with_ports"]
@@ -26,6 +32,8 @@ def with_ports(config: Config) -> Config:
 def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend:
     """Return the backend of one model. Its port must be chosen."""
     server = _control(name, model, sleep_level)
+    if model.probe != "none":
+        server = ProbedBackend(server, model.address, model.served_name or name, model.probe, timeouts=model.timeouts)
     if model.command is None:
         return server
     command, env = model.command, model.env
@@ -38,4 +46,17 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend
 
 def _control(name: str, model: ModelConfig, sleep_level: int) -> Backend:
     """What speaks to the server."""
-    return VLLMBackend(model.address, sleep_level=sleep_level, timeouts=model.timeouts)
+    if model.hooks is not None:
+        return HooksBackend(name, model.address, model.hooks, model.timeouts)
+    inside = model.served_name or name
+    match model.server:
+        case "vllm":
+            return VLLMBackend(model.address, sleep_level=sleep_level, timeouts=model.timeouts)
+        case "sglang":
+            return SGLangBackend(model.address, timeouts=model.timeouts)
+        case "llama.cpp":
+            return LlamaCppBackend(model.address, inside, timeouts=model.timeouts)
+        case "ollama":
+            return OllamaBackend(model.address, inside, timeouts=model.timeouts)
+        case _:
+            assert_never(model.server)

@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from llmux_asgi import cli, exceptions, json_schema, telemetry
+from llmux_asgi import (
+    HooksBackend,
+    LlamaCppBackend,
+    OllamaBackend,
+    SGLangBackend,
+    cli,
+    exceptions,
+    json_schema,
+    load_config,
+    telemetry,
+)
 from llmux_asgi._openai import INFERENCE_ROUTES, describe
+from llmux_asgi.backends import build_backend
 from llmux_asgi.sim import SimProcess
 
 from .hosting import ROOT, check_both_models, load_module, pointed, serving
@@ -71,6 +83,18 @@ def test_what_a_page_includes_and_links_to_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_each_kind_of_other_server_is_configured_as_the_page_says() -> None:
+    """Nothing is asked of a server here: the contract tests do that."""
+    kinds: list[type] = []
+    for block in blocks(ROOT / "docs" / "other-servers.md", "yaml"):
+        config = load_config(yaml.safe_load(block))
+        built = {type(build_backend(name, model, sleep_level=1)) for name, model in config.models.items()}
+        assert len(config.models) > 1
+        assert len(built) == 1
+        kinds += built
+    assert kinds == [LlamaCppBackend, OllamaBackend, SGLangBackend, HooksBackend]
+
+
 def test_the_commands_of_the_simulated_server_have_these_options() -> None:
     shown = {
         line
@@ -99,6 +123,8 @@ def configuration_keys() -> dict[str, str]:
         "TimeoutsConfig": "models.NAME.timeouts.",
         "PolicyConfig": "policy.",
         "LimitsConfig": "limits.",
+        "HooksConfig": "models.NAME.hooks.",
+        "MemoryConfig": "memory.",
     }
     structs = json_schema()["$defs"]
     assert structs.keys() == prefixes.keys()
@@ -121,17 +147,23 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
     assert {key: row[1].strip("`") for key, row in documented.items()} == keys
     for key, (_, default, unit, meaning) in documented.items():
         assert meaning.endswith("."), key
-        timed = key.startswith(("models.NAME.timeouts.", "limits.backoff")) or key.endswith(("timeout", "duration"))
+        timed = key.startswith(("models.NAME.timeouts.", "limits.backoff"))
+        timed = timed or key.endswith(("timeout", "duration", "interval", "shutdown", "settle"))
         assert (unit == "seconds") == timed, key
         assert default == "required" or default.startswith("`"), key
 
 
 def test_the_short_table_of_the_readme_leaves_no_key_out() -> None:
-    documented = [row[0].strip("`") for row in rows(README) if row[0].startswith("`")]
-    keys = {key for key in configuration_keys() if ".timeouts." not in key and key != "models"}
-    assert set(documented) == keys | {"models.NAME.timeouts"}
-    timeouts = next(row for row in rows(README) if row[0] == "`models.NAME.timeouts`")[2]
-    assert [key for key in configuration_keys() if ".timeouts." in key and f"`{key.split('.')[-1]}`" not in timeouts] == []
+    documented = {row[0].strip("`"): row[2] for row in rows(README) if row[0].startswith("`")}
+    keys = set(configuration_keys()) - {"models"}
+    assert set(documented) <= keys | {"models.NAME.timeouts"}
+
+    def is_told(key: str) -> bool:
+        """Whether it has a row of its own, or is named in one of its section's."""
+        section, _, name = key.rpartition(".")
+        return key in documented or any(f"`{name}`" in text for row, text in documented.items() if row.startswith(section))
+
+    assert [key for key in keys if not is_told(key)] == []
 
 
 def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:

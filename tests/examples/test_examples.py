@@ -111,9 +111,10 @@ def test_jaeger_listens_on_loopback_where_the_exporter_sends_to() -> None:
 
 
 def test_the_commented_configuration_names_every_key() -> None:
-    path = EXAMPLES / "llmux.yaml"
-    assert load_config(path).aliases == {"gpt-4o": "qwen"}
-    text = path.read_text()
+    paths = EXAMPLES / "llmux.yaml", EXAMPLES / "managed.yaml"
+    assert load_config(paths[0]).aliases == {"gpt-4o": "qwen"}
+    assert [name for name, model in load_config(paths[1]).models.items() if model.command] == ["qwen", "llama"]
+    text = "".join(path.read_text() for path in paths)
     keys = {key for struct in json_schema()["$defs"].values() for key in struct["properties"]}
     assert [key for key in sorted(keys) if f"{key}:" not in text] == []
 

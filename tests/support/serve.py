@@ -28,14 +28,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(app: Any, loop: EventLoop = "asyncio") -> Iterator[str]:
-    """Serve `app` and yield its URL; stop the server at the end. Raises what the server's thread raised."""
-    with _serve_asyncio(app) if loop == "asyncio" else _serve_trio(app) as url:
+def serve(app: Any, loop: EventLoop = "asyncio", *, port: int = 0) -> Iterator[str]:
+    """Serve `app` and yield its URL; stop the server at the end. Raises what the server's thread raised.
+
+    `port` is for asyncio only; 0 is a free one.
+    """
+    with _serve_asyncio(app, port) if loop == "asyncio" else _serve_trio(app) as url:
         yield url
 
 
 @contextmanager
-def _serve_asyncio(app: Any) -> Iterator[str]:
+def _serve_asyncio(app: Any, port: int) -> Iterator[str]:
     started = threading.Event()
 
     class Server(uvicorn.Server):
@@ -43,7 +46,7 @@ def _serve_asyncio(app: Any) -> Iterator[str]:
             await super().startup(sockets)
             started.set()
 
-    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener = socket.create_server(("127.0.0.1", port), backlog=2048)
     config = uvicorn.Config(app, log_level="error", lifespan="auto", timeout_graceful_shutdown=3, ws="none")
     server = Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
@@ -64,6 +67,7 @@ def _serve_trio(app: Any) -> Iterator[str]:
     config = hypercorn.config.Config()
     config.bind = [f"127.0.0.1:{port}"]
     config.graceful_timeout = 3
+    config.backlog = 2048
     config.errorlog = None
     box: dict[str, Any] = {}
     started, stopped = threading.Event(), threading.Event()

@@ -1,0 +1,103 @@
+"""A server that is asked for a few tokens after each wake, before it gets any request."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import msgspec
+
+from ..config import TimeoutsConfig
+from ..exceptions import BackendError
+from ._http import ControlClient, limit
+from ._protocol import Backend, BackendState
+
+__all__ = ["ProbedBackend"]
+
+logger = logging.getLogger(__name__)
+
+_PROMPT = "1 2 3 4 5 6 7 8"
+_FINGERPRINT_TOKENS = 16
+
+
+class _Choice(msgspec.Struct):
+    text: str
+
+
+class _Completion(msgspec.Struct):
+    choices: list[_Choice]
+
+
+class ProbedBackend:
+    """`server`, with a probe after each wake: one token, or a fingerprint.
+
+    The fingerprint is what the model says to a fixed prompt, the likeliest token each time. If it is not the one that was
+    taken when the model was first seen awake, its weights have not come back: it is put to sleep at level 2, which makes the
+    next wake read them from disk again, and this one fails.
+    """
+
+    def __init__(
+        self,
+        server: Backend,
+        url: str,
+        served_name: str,
+        kind: Literal["token", "fingerprint"],
+        *,
+        timeouts: TimeoutsConfig | None = None,
+    ) -> None:
+        self._server = server
+        self._served_name = served_name
+        self._kind = kind
+        self._timeouts = timeouts or TimeoutsConfig()
+        self._client = ControlClient(url, self._timeouts, hint="A probe needs a model that serves /v1/completions.")
+        self._fingerprint: str | None = None
+
+    def __str__(self) -> str:
+        return str(self._server)
+
+    async def state(self) -> BackendState:
+        """Ask the server."""
+        return await self._server.state()
+
+    async def sleep(self, level: int) -> None:
+        """Put the server to sleep; take the fingerprint before, if there is none yet."""
+        if self._kind == "fingerprint" and self._fingerprint is None:
+            try:
+                if await self._server.state() is BackendState.AWAKE:
+                    self._fingerprint = await self._generate(_FINGERPRINT_TOKENS)
+            except BackendError as exc:
+                logger.warning("no fingerprint was taken of %r: %s", self._served_name, exc)
+        await self._server.sleep(level)
+
+    async def wake(self) -> None:
+        """Wake the server."""
+        await self._server.wake()
+
+    async def ready(self) -> None:
+        """Return when the server has answered the probe. Raises `BackendError` if it does not, or not as it did."""
+        await self._server.ready()
+        said = await self._generate(1 if self._kind == "token" else _FINGERPRINT_TOKENS)
+        if self._kind == "token":
+            return
+        if self._fingerprint is None:
+            self._fingerprint = said
+        elif said != self._fingerprint:
+            await self._server.sleep(2)
+            raise BackendError(
+                f"{self}: the model does not answer as it did before it slept: its weights have not come back. It said "
+                f"{said[:60]!r} instead of {self._fingerprint[:60]!r}."
+            )
+
+    async def aclose(self) -> None:
+        """Close connections."""
+        await self._client.aclose()
+        await self._server.aclose()
+
+    async def _generate(self, tokens: int) -> str:
+        body = {"model": self._served_name, "prompt": _PROMPT, "max_tokens": tokens, "temperature": 0, "seed": 0}
+        with limit(self._timeouts.wake, f"{self}: the probe of the model"):
+            response = await self._client.post("/v1/completions", json=body)
+        try:
+            return msgspec.json.decode(response.content, type=_Completion).choices[0].text
+        except (msgspec.DecodeError, IndexError) as exc:
+            raise BackendError(f"{self}: the probe of the model gave no usable answer: {exc}") from None
