@@ -17,6 +17,7 @@ from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
 from . import telemetry as names
+from ._body import Body
 from ._lease import Lease
 from ._openai import (
     Headers,
@@ -107,7 +108,7 @@ class HttpxUpstream:
             method.decode("ascii"),
             base,
             headers=[(b"host", base.netloc), *headers, (b"content-length", str(len(body)).encode())],
-            content=body,
+            stream=Body(body),
             extensions={
                 "target": target,  # as it came: httpx would quote it anew
                 "timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None},

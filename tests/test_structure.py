@@ -24,7 +24,7 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["_spawn", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
+    ["_body", "_spawn", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
     [
         "backends.vllm",
         "backends.sglang",

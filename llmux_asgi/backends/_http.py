@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import anyio
 import httpx
+import msgspec
 
+from .._body import Body
 from ..config import TimeoutsConfig
 from ..exceptions import BackendError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 
@@ -66,10 +68,14 @@ class ControlClient:
             self._client = httpx.AsyncClient(trust_env=False, limits=limits, verify=self.url.startswith("https:"))
         timeouts = httpx.Timeout(None, connect=self._timeouts.connect)
         call = f"{method} {path}"
+        content = b"" if json is None else msgspec.json.encode(json)
+        body, headers = Body(content), {"content-length": str(len(content))}
+        if content:
+            headers["content-type"] = "application/json"
         try:
             with anyio.fail_after(timeout):
                 response = await self._client.request(
-                    method, self.url + path, params=params or None, json=json, timeout=timeouts
+                    method, self.url + path, params=params or None, content=body, headers=headers, timeout=timeouts
                 )
         except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
             if isinstance(exc, httpx.ConnectTimeout) or not _refused(exc):
