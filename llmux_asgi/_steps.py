@@ -8,7 +8,14 @@ from collections.abc import Callable
 from . import telemetry as names
 from ._servers import Servers
 from ._state import SwitcherState
-from .exceptions import BackendError, BackendStartError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
+from .exceptions import (
+    BackendDeadError,
+    BackendError,
+    BackendStartError,
+    BackendTimeoutError,
+    BackendUnreachableError,
+    BackendUnsupportedError,
+)
 from .telemetry import Telemetry
 
 __all__ = ["Steps"]
@@ -50,7 +57,7 @@ class Steps:
             failure = exc
             if not self._is_worth_another_try(exc, to):
                 raise
-        if not isinstance(failure, (BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError)):
+        if not isinstance(failure, (BackendDeadError, BackendTimeoutError, BackendUnreachableError)):
             logger.warning("waking the model %r failed, it is tried once more: %s", to, failure)
             await self.make_room(to, None)
             try:
@@ -64,8 +71,8 @@ class Steps:
         await self._wake(to)
 
     def _is_worth_another_try(self, exc: BackendError, to: str) -> bool:
-        """Not for a process that does not come up, nor when nobody waits any more: the gateway may be shutting down."""
-        return not isinstance(exc, BackendStartError) and self._state.depth(to) > 0
+        """Not for a process that does not come up or cannot sleep, nor if nobody waits any more: perhaps the gateway stops."""
+        return not isinstance(exc, (BackendStartError, BackendUnsupportedError)) and self._state.depth(to) > 0
 
     async def _wake(self, to: str) -> None:
         self._state.wake_up()

@@ -17,12 +17,12 @@ from llmux_asgi import (
     Mode,
     SwitchError,
 )
-from llmux_asgi.exceptions import BackendStartError
+from llmux_asgi.exceptions import BackendDeadError, BackendStartError
 from tests.support.pool import Pool, Request, running, until_settled, until_waiting
 
 pytestmark = pytest.mark.anyio
 
-OF_NO_USE = pytest.mark.parametrize("kind", [BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError])
+OF_NO_USE = pytest.mark.parametrize("kind", [BackendDeadError, BackendTimeoutError, BackendUnreachableError])
 """Errors of a wake after which the same call again would not do better."""
 
 
@@ -268,16 +268,19 @@ async def test_where_a_second_wake_would_be_of_no_use_a_model_that_is_not_the_ga
     assert pool.gpu.events == ["wake b"]
 
 
+@pytest.mark.parametrize("kind", [BackendStartError, BackendUnsupportedError])
 @pytest.mark.parametrize("before", [0, 1], ids=["at the first wake", "at the second"])
-async def test_a_process_that_does_not_start_fails_the_switch_and_is_not_tried_again(before: int) -> None:
+async def test_a_process_that_does_not_start_or_cannot_sleep_fails_the_switch_and_is_not_tried_again(
+    before: int, kind: type[BackendError]
+) -> None:
     pool = Pool(stoppable="b")
     pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=before)
-    pool.backends["b"].fail("wake", BackendStartError("fake://b: ended before it was ready"))
+    pool.backends["b"].fail("wake", kind("fake://b: ended before it was ready"))
     async with running(pool) as run:
         request = run.send("b")
         await request.done.wait()
         assert_refused(request, "fake://b: ended before it was ready")
-    assert pool.gpu.events == ["wake b"] * (before + 1)
+        assert pool.gpu.events == ["wake b"] * (before + 1)
 
 
 async def test_a_half_woken_process_that_twice_does_not_fall_asleep_is_ended_before_another_wakes() -> None:

@@ -21,6 +21,7 @@ from llmux_asgi import (
     TimeoutsConfig,
     VLLMBackend,
 )
+from llmux_asgi.exceptions import BackendDeadError
 from llmux_asgi.sim import SimProcess, start_sim
 from tests.support.serve import free_port
 
@@ -311,9 +312,9 @@ async def test_a_host_that_cannot_be_found_is_not_taken_for_a_dead_process() -> 
 
 
 async def test_a_host_that_does_not_answer_is_not_taken_for_a_dead_process(httpx_mock: HTTPXMock) -> None:
-    httpx_mock.add_exception(httpx.ConnectTimeout("timed out"))
+    httpx_mock.add_exception(httpx.ConnectTimeout("timed out"), is_reusable=True)
     backend = VLLMBackend(URL)
-    with pytest.raises(BackendTimeoutError, match="no connection"):
+    with pytest.raises(BackendTimeoutError, match="no connection for GET /version"):
         await backend.state()
     await backend.aclose()
 
@@ -342,6 +343,7 @@ async def test_an_answer_that_says_nothing_is_never_guessed_at(httpx_mock: HTTPX
     if path != "/version":
         httpx_mock.add_response(url=f"{URL}/version", json={"version": "0.32.0"})
     httpx_mock.add_response(url=URL + path, text=answer)
+    httpx_mock.add_response(url=f"{URL}/health")
     backend = VLLMBackend(URL)
     with pytest.raises(BackendError, match=f"GET {path} gave no usable answer"):
         await backend.state()
@@ -352,6 +354,7 @@ async def test_a_probe_whose_connection_breaks_is_sent_once_more(httpx_mock: HTT
     """A process that is ending breaks one connection and refuses the next."""
     httpx_mock.add_exception(httpx.RemoteProtocolError("server disconnected"))
     httpx_mock.add_exception(httpx.ReadError("reset"))
+    httpx_mock.add_response(url=f"{URL}/health")
     backend = VLLMBackend(URL)
     with pytest.raises(BackendError, match="GET /version failed: reset"):
         await backend.state()
@@ -369,6 +372,46 @@ async def test_a_step_whose_connection_breaks_is_not_sent_again(httpx_mock: HTTP
     with pytest.raises(BackendError, match="POST /sleep failed: server disconnected"):
         await backend.sleep(1)
     assert len(httpx_mock.get_requests()) == 1
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("step", ["/sleep?level=1&mode=abort", "/wake_up"])
+async def test_a_step_that_the_engine_dies_over_is_not_waited_for(
+    httpx_mock: HTTPXMock, monkeypatch: pytest.MonkeyPatch, step: str, gone: bool
+) -> None:
+    """vLLM does not answer it any more: `/health` says 503, a moment later nothing listens, and the call hangs on."""
+
+    async def never(request: httpx.Request) -> httpx.Response:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    monkeypatch.setattr("llmux_asgi.backends.vllm._LOOK_SECONDS", 0.001)
+    httpx_mock.add_response(url=f"{URL}/metrics", is_optional=True)
+    httpx_mock.add_callback(never, url=URL + step)
+    httpx_mock.add_response(url=f"{URL}/health")  # it has not noticed yet
+    if gone:
+        refused = httpx.ConnectError("refused")
+        refused.__cause__ = ConnectionRefusedError(111, "refused")
+        httpx_mock.add_exception(refused, url=f"{URL}/health")
+    else:
+        httpx_mock.add_response(url=f"{URL}/health", status_code=503)
+    backend = VLLMBackend(URL)
+    with anyio.fail_after(5), pytest.raises(BackendUnreachableError if gone else BackendDeadError):
+        await (backend.wake() if step == "/wake_up" else backend.sleep(1))
+    await backend.aclose()
+
+
+async def test_a_probe_that_the_engine_dies_over_is_told_from_a_slow_one(httpx_mock: HTTPXMock) -> None:
+    httpx_mock.add_response(url=f"{URL}/version", json={"version": "0.32.0"})
+    httpx_mock.add_exception(TimeoutError("the probe's limit"), url=f"{URL}/is_sleeping", is_reusable=True)
+    httpx_mock.add_response(url=f"{URL}/health", status_code=503)
+    backend = VLLMBackend(URL)
+    with pytest.raises(BackendDeadError):
+        await backend.state()
+    httpx_mock.add_response(url=f"{URL}/health")
+    with pytest.raises(BackendTimeoutError):
+        await backend.state()
     await backend.aclose()
 
 

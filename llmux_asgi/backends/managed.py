@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import socket
 from collections.abc import Mapping
@@ -22,6 +23,11 @@ from ._http import POLL_FIRST, POLL_LONGEST
 from ._protocol import STOP_LEVEL, Backend, BackendState
 
 __all__ = ["ManagedBackend", "free_port"]
+
+logger = logging.getLogger(__name__)
+
+_GONE = (BackendDeadError, BackendUnreachableError)
+"""The engine, or the process that listens, is gone. The rest of the processes may live on and hold memory."""
 
 
 class ManagedBackend:
@@ -80,14 +86,27 @@ class ManagedBackend:
         if level >= STOP_LEVEL:
             await self.stop()
         elif self._process.running:
-            await self._server.sleep(level)
+            try:
+                await self._server.sleep(level)
+            except _GONE as exc:
+                logger.warning(
+                    "the model %r does not fall asleep any more, what is left of it is ended: %s", self._process.model, exc
+                )
+                await self._process.kill()
         else:
             await self.stop()
 
     async def wake(self) -> None:
-        """Wake the server, or start its process. Raises `BackendStartError` if that does not come up."""
+        """Wake the server, or start its process. Raises `BackendStartError` if that does not come up.
+
+        A server that turns out to be gone is ended; the next call starts it.
+        """
         if self._process.running:
-            await self._server.wake()
+            try:
+                await self._server.wake()
+            except _GONE:
+                await self._process.kill()
+                raise
         else:
             await self._start()
 

@@ -17,7 +17,6 @@ from ..config import TimeoutsConfig
 from ..exceptions import (
     BackendDeadError,
     BackendError,
-    BackendTimeoutError,
     BackendUnreachableError,
     BackendUnsupportedError,
 )
@@ -32,6 +31,8 @@ _LEAKY = ((0, 14), (0, 17))
 """Versions from the first up to, not including, the second do not free the weights when they sleep."""
 _STAGED_WAKE: _Version = (0, 24)
 """The first version that does not resume scheduling when only a part of the memory is awake."""
+_LOOK_SECONDS = 1.0
+"""Between two looks, while a step is under way, whether it can still be answered."""
 _HINT = "Start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment and with --enable-sleep-mode."
 
 
@@ -65,20 +66,12 @@ class VLLMBackend:
     async def state(self) -> BackendState:
         """Ask `/is_sleeping`, and on first contact the version."""
         try:
-            if self._version is None:
-                self._version = await self._supported_version()
-            return BackendState.ASLEEP if await self._is_sleeping() else BackendState.AWAKE
+            return await self._ask_for_state()
         except BackendUnreachableError:
             # Whatever comes back on this address is another process.
             self._version = self._level = None
             self._half_woken = False
             return BackendState.UNREACHABLE
-        except (BackendTimeoutError, BackendUnsupportedError):
-            raise
-        except BackendError as exc:
-            if await self._engine_is_dead():
-                raise BackendDeadError(f"{self.url}: the engine has died ({exc}); the process is about to end") from exc
-            raise
 
     async def sleep(self, level: int) -> None:
         """Send `/sleep` and confirm it. Requests still running are aborted by the server."""
@@ -87,10 +80,10 @@ class VLLMBackend:
             # everything. It stays without its weights if those had been discarded: the next wake has to reload them.
             level = max(level, self._level or level)
             with limit(self._timeouts.wake, f"{self.url}: waking what an earlier wake has left half-woken"):
-                await self._client.post("/wake_up")
+                await self._step("/wake_up")
         with limit(self._timeouts.sleep, f"{self.url}: putting the model to sleep"):
             # mode=wait would let a call that timed out here put the engine to sleep after a later wake.
-            await self._client.post("/sleep", {"level": str(level), "mode": "abort"})
+            await self._step("/sleep", {"level": str(level), "mode": "abort"})
             if not await self._is_sleeping():
                 raise BackendUnsupportedError(
                     f"{self.url}: POST /sleep answered 200 but the server is still awake. Start vLLM with --enable-sleep-mode."
@@ -105,7 +98,7 @@ class VLLMBackend:
             self._level = self._level or max(await self._level_from_metrics() or 1, self._default_level)
             self._half_woken = True
             if self._level < 2:
-                await self._client.post("/wake_up")
+                await self._step("/wake_up")
             else:
                 await self._wake_from_level_2()
 
@@ -122,14 +115,55 @@ class VLLMBackend:
         """Close the HTTP client; the next call opens a new one."""
         await self._client.aclose()
 
+    async def _ask_for_state(self) -> BackendState:
+        try:
+            if self._version is None:
+                self._version = await self._supported_version()
+            return BackendState.ASLEEP if await self._is_sleeping() else BackendState.AWAKE
+        except (BackendUnreachableError, BackendUnsupportedError):
+            raise
+        except BackendError as exc:  # no answer too: vLLM gives none if the engine dies over the question
+            if await self._engine_is_dead():
+                raise BackendDeadError(f"{self.url}: the engine has died ({exc}); the process is about to end") from exc
+            raise
+
     async def _wake_from_level_2(self) -> None:
         staged = self._version is None or self._version >= _STAGED_WAKE
-        await self._client.post("/wake_up", {"tags": "weights"} if staged else {})
+        await self._step("/wake_up", {"tags": "weights"} if staged else {})
         # Without this the model answers, in garbage.
-        await self._client.post("/collective_rpc", json={"method": "reload_weights"})
+        await self._step("/collective_rpc", json={"method": "reload_weights"})
         if staged:
-            await self._client.post("/wake_up", {"tags": "kv_cache"})
-        await self._client.post("/reset_prefix_cache")
+            await self._step("/wake_up", {"tags": "kv_cache"})
+        await self._step("/reset_prefix_cache")
+
+    async def _step(self, path: str, params: dict[str, str] | None = None, *, json: object = None) -> None:
+        """Send a step. Raises `BackendDeadError` or `BackendUnreachableError` if the engine dies before it has answered.
+
+        vLLM never answers a control call that its engine died over (seen on 0.32: the call hangs, and the process with it).
+        """
+        failure: BackendError | None = None
+
+        async def look() -> None:
+            nonlocal failure
+            while failure is None:
+                await anyio.sleep(_LOOK_SECONDS)
+                try:
+                    if await self._engine_is_dead():
+                        failure = BackendDeadError(f"{self.url}: the engine has died over POST {path}")
+                except BackendUnreachableError as exc:
+                    failure = exc
+            tasks.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(look)
+            try:
+                await self._client.post(path, params, json=json)
+                failure = None
+            except BackendError as exc:  # raised again below, where no task group wraps it
+                failure = exc
+            tasks.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _is_sleeping(self) -> bool:
         response = await self._client.ask("/is_sleeping")
@@ -139,9 +173,14 @@ class VLLMBackend:
             raise BackendError(f"{self.url}: GET /is_sleeping gave no usable answer: {exc}") from None
 
     async def _engine_is_dead(self) -> bool:
-        """Whether `/health` says so, with 503, as long as the process that listens goes on."""
+        """Whether `/health` says so, with 503, as long as the process that listens goes on.
+
+        Raises `BackendUnreachableError` if nothing listens any more.
+        """
         try:
             await self._client.call("GET", "/health", timeout=self._timeouts.probe)
+        except BackendUnreachableError:
+            raise
         except BackendError as exc:
             return "answered 503" in str(exc)
         return False

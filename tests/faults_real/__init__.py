@@ -1,0 +1,1 @@
+"""Faults of real vLLM servers on the CPU, and what a gateway over them makes of each."""
