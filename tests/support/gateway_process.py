@@ -1,0 +1,95 @@
+"""Start a gateway as a process of its own, so that it can be measured from outside, killed, and outlived."""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.support.serve import EventLoop
+
+__all__ = ["GatewayProcess", "gateway_process"]
+
+_START_SECONDS = 30.0
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+class GatewayProcess:
+    """A gateway that runs. `url` is the host's root; OpenAI's API is below `url + "/llm/v1"`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self._process = process
+        self._log = log
+        self.url = self._wait_ready()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far, from INFO on, and whatever else it wrote to standard error."""
+        return self._log.read_text(errors="replace")
+
+    def statistics(self) -> dict[str, Any]:
+        """The switcher's statistics as they are now."""
+        answer = httpx.get(f"{self.url}/statistics", timeout=10, trust_env=False).raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal. SIGTERM ends it in order."""
+        self._process.send_signal(number)
+
+    def poll(self) -> int | None:
+        """The exit status, `None` while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout: float = 30.0) -> int:
+        """Wait for its end and return the exit status, -N if a signal ended it. Raises `subprocess.TimeoutExpired`."""
+        return self._process.wait(timeout)
+
+    def _wait_ready(self) -> str:
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + _START_SECONDS
+        line = b""
+        while not line.endswith(b"\n"):
+            readable = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]
+            chunk = self._process.stdout.read1(4096) if readable else b""  # type: ignore[attr-defined]
+            assert chunk, f"the gateway did not start: {self.log}"
+            line += chunk
+        return line.decode().split()[1]
+
+
+@contextmanager
+def gateway_process(
+    config: Mapping[str, Any], loop: EventLoop = "asyncio", ledger: str | Path | None = None
+) -> Iterator[GatewayProcess]:
+    """Start a gateway, wait until it listens, and end it with the block: by SIGTERM, by SIGKILL if that takes too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder, "config.json"), Path(folder, "log")
+        path.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "tests.support.host", str(path), loop, *(["--ledger", str(ledger)] if ledger else [])]
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+        try:
+            yield GatewayProcess(process, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
