@@ -132,18 +132,27 @@ class Servers:
         logger.warning("ending the process of the model %r: %s", model, reason)
         await backend.stop()
         self._learn(model, BackendState.STOPPED)
-        if self._memory is not None:
-            await self._memory.confirm_freed(model)
+        await self._confirm_freed(model)
 
     async def _put_to_sleep(self, model: str, level: int) -> None:
         await self._try_to_sleep(model, level)
-        if self._memory is not None:
-            try:
-                await self._memory.confirm_freed(model)
-            except BackendError:
-                self._known.pop(model, None)
-                self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
-                raise
+        try:
+            await self._confirm_freed(model)
+        except BackendError:
+            self._known.pop(model, None)
+            self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
+            raise
+
+    async def _confirm_freed(self, model: str) -> None:
+        """Confirm by the GPU's memory that `model` is out of it, unless another model may be in it.
+
+        It is not to be blamed for what that one holds. The last one that is put to sleep before a wake is always measured.
+        """
+        if self._memory is not None and not any(self._may_hold_memory(other) for other in self.models if other != model):
+            await self._memory.confirm_freed(model)
+
+    def _may_hold_memory(self, model: str) -> bool:
+        return self._known.get(model) in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE)
 
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)
