@@ -11,7 +11,7 @@ import anyio
 
 from ._memory import MemoryCheck
 from .backends import Backend, BackendState, StoppableBackend
-from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
+from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 
 __all__ = ["Servers"]
 
@@ -82,10 +82,27 @@ class Servers:
         """Say whether the process of `model` is the gateway's own."""
         return isinstance(self._backends[model], StoppableBackend)
 
-    async def require_reachable(self, model: str) -> None:
-        """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake."""
-        if await self.look(model) is BackendState.UNREACHABLE:
+    async def require_reachable(self, model: str, *, has_failed: bool = False) -> None:
+        """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake.
+
+        If it is the gateway's own and `has_failed` before, it may give no clear answer: `settle` then ends it.
+        """
+        try:
+            state = await self.look(model)
+        except BackendUnsupportedError:
+            raise  # it would be no other when it is started again
+        except BackendError as exc:
+            if not (has_failed and self.can_stop(model)):
+                raise
+            logger.warning("the server of the model %r gives no clear answer again: %s", model, exc)
+            return
+        if state is BackendState.UNREACHABLE:
             raise BackendUnreachableError(f"{self._backends[model]}: nothing listens there. Is the server running?")
+
+    async def settle(self, model: str) -> None:
+        """End the process of `model` if `require_reachable` has got no clear answer: waking it then starts it anew."""
+        if model not in self._known:
+            await self.stop(model, BackendError(f"{self._backends[model]}: it gives no clear answer"))
 
     async def in_memory(self, target: str, origin: str | None) -> tuple[list[str], list[str]]:
         """Ask all servers but these two and return those that have to be put to sleep before `target` is woken.
