@@ -38,6 +38,8 @@ class Servers:
         self._measured = False
         """Whether the memory was measured before the last wake."""
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
+        self._vanished: set[str] = set()
+        """Servers that may have been in memory when nothing listened there any more: one that ends in order frees it last."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -58,9 +60,14 @@ class Servers:
 
     async def look(self, model: str) -> BackendState:
         """Ask the server of `model` for its state. Raises `BackendError` if there is no clear answer."""
-        self._known.pop(model, None)
+        before = self._known.pop(model, None)
+        was_in_memory = before in (BackendState.AWAKE, None) or not self.is_sound(model)
         state = await self._backends[model].state()
         self._learn(model, state)
+        if state is not BackendState.UNREACHABLE:
+            self._vanished.discard(model)
+        elif was_in_memory:
+            self._vanished.add(model)
         return state
 
     async def look_at(self, models: Iterable[str]) -> dict[str, BackendError]:
@@ -127,6 +134,16 @@ class Servers:
             doubtful.append(target)
         return awake, doubtful
 
+    async def confirm_vanished(self) -> None:
+        """Confirm by the GPU's memory that those are out of it which were in it when they went. Raises `BackendError`."""
+        vanished, self._vanished = self._vanished, set()
+        try:
+            for model in vanished:
+                await self._confirm_freed(model)
+        except BackendError:
+            self._vanished |= vanished
+            raise
+
     async def sleep(self, model: str, level: int) -> None:
         """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone.
 
@@ -169,7 +186,8 @@ class Servers:
             await self._memory.confirm_freed(model)
 
     def _may_hold_memory(self, model: str) -> bool:
-        return self._known.get(model) in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE)
+        known = self._known.get(model)
+        return known in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE) or model in self._vanished
 
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)

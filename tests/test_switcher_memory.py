@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from llmux_asgi import BackendError
+from llmux_asgi import BackendError, BackendState
 from tests.support.fakes import GPU, FakeBackend
 from tests.support.pool import Pool, running
 
@@ -88,3 +88,23 @@ async def test_what_a_model_keeps_is_noticed_as_soon_as_it_is_the_only_one_in_me
         await failed.done.wait()
         assert "still has 1000 MiB in use" in str(failed.error)
         assert "b" not in pool.gpu.awake
+
+
+async def test_a_server_that_listens_no_more_is_waited_for_until_it_has_freed_its_memory() -> None:
+    """One that ends in order stops listening first."""
+    pool = pool_with_gauge()
+    b = pool.backends["b"]
+    async with running(pool) as run:
+        await each_is_seen_waking(pool)
+        (await run.served("b")).finish.set()
+        b.reachable = False
+        ended = await b.state()
+        assert ended is BackendState.UNREACHABLE
+        request = run.send("c", finish=True)
+        with anyio.move_on_after(0.1):
+            await request.done.wait()
+        assert "wake c" not in pool.gpu.events[-1:]
+        b.die()
+        await request.done.wait()
+        assert request.error is None
+        assert pool.gpu.awake == {"c"}
