@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Marked", "Usage", "identity", "is_listening", "marked_processes", "send_signal", "usage"]
+__all__ = ["Marked", "Usage", "identity", "is_listening", "marked_processes", "open_files", "send_signal", "usage"]
 
+_TCP_STATES = {"01": "established", "04": "fin-wait-1", "05": "fin-wait-2", "08": "close-wait", "0A": "listens"}
 Identity = tuple[int, str]
 """A process's number and start time: another process may get the same number later."""
 
@@ -39,6 +40,21 @@ def usage(pid: int) -> Usage:
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 (only their number)
     return Usage(int(status["VmRSS"].split()[0]) / 1024, descriptors, int(status["Threads"]))
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, connections with their ports and state, for an error message."""
+    connections = {}
+    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        local, remote = (int(address.partition(":")[2], 16) for address in fields[1:3])
+        connections[f"socket:[{fields[9]}]"] = f"{local}->{remote} {_TCP_STATES.get(fields[3], fields[3])}"
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            target = os.readlink(entry)  # noqa: PTH115 (not a path)
+            found.append(connections.get(target, target))
+    return sorted(found)
 
 
 def identity(pid: int) -> Identity | None:

@@ -19,7 +19,7 @@ from llmux_asgi.sim import GpuLedger
 from tests.soak.books import audit
 from tests.soak.faults import Injector
 from tests.soak.fleet import MODELS, Fleet
-from tests.soak.proc import Usage, is_listening, marked_processes, usage
+from tests.soak.proc import Usage, is_listening, marked_processes, open_files, usage
 from tests.soak.traffic import LIMIT, Judge, Order, Plan, send
 from tests.support.gateway_process import GatewayProcess, gateway_process
 from tests.support.serve import EventLoop
@@ -209,14 +209,14 @@ async def _look_back(base: str, fleet: Fleet, gateway: GatewayProcess, report: R
     while True:
         report.after = usage(gateway.pid)
         report.statistics = await asyncio.to_thread(gateway.statistics)
-        open_files = report.after.descriptors - report.before.descriptors
+        descriptors = report.after.descriptors - report.before.descriptors
         threads = report.after.threads - report.before.threads
         counts = [*report.statistics["in_flight"].values(), *report.statistics["waiting"].values()]
-        if open_files <= 0 and threads <= 0 and not any(counts):
+        if descriptors <= 0 and threads <= 0 and not any(counts):
             break
         if time.monotonic() > deadline:
             report.violations.append(
-                f"left over: {open_files} file descriptors, {threads} threads; before: {report.before}; {report.statistics}"
+                f"left over: {descriptors} file descriptors, {threads} threads; {open_files(gateway.pid)}, {report.statistics}"
             )
             break
         await asyncio.sleep(0.25)
