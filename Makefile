@@ -21,7 +21,7 @@ demo: $(VENV)/.demo ## switch between two simulated vLLM servers and show what h
 test: $(VENV)/.test ## the fast tests, with branch coverage; ARGS='...' goes to pytest
 	@$(BIN)/python -m pytest --cov --cov-branch --cov-report=term --cov-fail-under=95 $(ARGS)
 
-soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 250 faults, in at most 10 minutes; ARGS='--seed 1 --loop trio'
+soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 200 faults, in at most 10 minutes; ARGS='--seed 1 --loop trio'
 	@$(BIN)/python -m tests.soak $(ARGS)
 
 bench-switch: $(VENV)/.test ## what the gateway adds to the sleep and wake calls of a switch

@@ -17,14 +17,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description="Requests, switches and faults in thousands.")
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--switches", type=int, default=2_000)
-    parser.add_argument("--faults", type=int, help="default: one for each 80 requests")
+    parser.add_argument("--faults", type=int, help="default: one for each 100 requests")
     parser.add_argument("--concurrency", type=int, default=24, help="requests under way at once")
     parser.add_argument("--minutes", type=float, default=9.5, help="longest time for the load")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of requests and faults; default: the time")
     parser.add_argument("--loop", choices=["asyncio", "trio"], default="asyncio", help="of the gateway")
     parser.add_argument("--log", type=Path, help="where to write the gateway's log")
     given = parser.parse_args()
-    faults = given.requests // 80 if given.faults is None else given.faults
+    faults = given.requests // 100 if given.faults is None else given.faults
     size = Size(given.requests, given.switches, faults, given.concurrency, given.minutes)
     print(f"{size.requests} requests, {size.switches} switches, {faults} faults on {given.loop}, seed {given.seed}", flush=True)
     report = asyncio.run(soak(size, given.loop, given.seed))

@@ -20,7 +20,7 @@ _CALLS: dict[str, float] = {
     "sleep:1:delay=0.3": 2,
     "sleep:1:delay=1.4": 2,
     "sleep:1:lie": 2,
-    "sleep:1:leak": 0.5,  # each costs the ten seconds that the gateway waits for the memory
+    "sleep:1:leak": 0.3,  # each costs the ten seconds that the gateway waits for the memory
     "sleep:1:die": 2,
     "sleep:1:crash": 2,
     "wake:1:fail": 3,

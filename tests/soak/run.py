@@ -21,7 +21,7 @@ from tests.soak.faults import Injector
 from tests.soak.fleet import MODELS, Fleet
 from tests.soak.proc import Usage, is_listening, marked_processes, open_files, usage
 from tests.soak.traffic import LIMIT, Judge, Order, Plan, send
-from tests.support.gateway_process import GatewayProcess, gateway_process
+from tests.support.gateway_process import CLOSE, GatewayProcess, gateway_process
 from tests.support.serve import EventLoop
 
 __all__ = ["Report", "Size", "soak"]
@@ -119,8 +119,7 @@ async def _soak(size: Size, seed: int, fleet: Fleet, gateway: GatewayProcess, re
     # Idle connections are closed before the gateway's server does it: a request must not meet that.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=size.concurrency, keepalive_expiry=2.0)
     base = gateway.url + "/llm"
-    async with httpx.AsyncClient(base_url=base, limits=limits, trust_env=False, timeout=LIMIT) as client:
-        report.violations += await _until_all_answer(client, fleet)
+    report.violations += await _until_all_answer(base, fleet)
     await asyncio.sleep(0.5)
     report.before = usage(gateway.pid)
 
@@ -181,47 +180,43 @@ async def _load(
         injecting.result()
 
 
-async def _until_all_answer(client: httpx.AsyncClient, fleet: Fleet) -> list[str]:
+async def _until_all_answer(base: str, fleet: Fleet) -> list[str]:
     """Ask the models one after the other until each has answered; returns what went wrong.
 
     The model whose server is stopped when it sleeps comes first, so that the same processes run each time when this returns.
     """
     deadline = time.monotonic() + _SETTLE_SECONDS
-    for number, model in enumerate(MODELS):
-        while True:
-            judge = Judge(fleet)
-            order = Order(-number, model.name, model.name, chat=False, stream=False, prompt="are you there?", tokens=8)
-            await send(client, order, judge)
-            if judge.outcomes["whole answer"]:
-                break
-            if judge.violations or time.monotonic() > deadline:
-                return [f"the model {model.name!r} does not answer: {dict(judge.outcomes)} {judge.violations}"]
-            await asyncio.sleep(0.1)
+    async with httpx.AsyncClient(base_url=base, headers=CLOSE, trust_env=False, timeout=LIMIT) as client:
+        for number, model in enumerate(MODELS):
+            while True:
+                judge = Judge(fleet)
+                order = Order(-number, model.name, model.name, chat=False, stream=False, prompt="are you there?", tokens=8)
+                await send(client, order, judge)
+                if judge.outcomes["whole answer"]:
+                    break
+                if judge.violations or time.monotonic() > deadline:
+                    return [f"the model {model.name!r} does not answer: {dict(judge.outcomes)} {judge.violations}"]
+                await asyncio.sleep(0.1)
     return []
 
 
 async def _look_back(base: str, fleet: Fleet, gateway: GatewayProcess, report: Report) -> None:
     """No fault is left: all models answer, nobody is counted, nothing is open that was not before."""
-    async with httpx.AsyncClient(base_url=base, trust_env=False, timeout=LIMIT) as client:
-        report.violations += await _until_all_answer(client, fleet)
+    report.violations += await _until_all_answer(base, fleet)
     assert report.before is not None
     deadline = time.monotonic() + _SETTLE_SECONDS
     while True:
         report.after = usage(gateway.pid)
-        report.statistics = await asyncio.to_thread(gateway.statistics)
         descriptors = report.after.descriptors - report.before.descriptors
         threads = report.after.threads - report.before.threads
-        counts = [*report.statistics["in_flight"].values(), *report.statistics["waiting"].values()]
-        if descriptors <= 0 and threads <= 0 and not any(counts):
+        if (descriptors <= 0 and threads <= 0) or time.monotonic() > deadline:
             break
-        if time.monotonic() > deadline:
-            report.violations.append(
-                f"left over: {descriptors} file descriptors, {threads} threads; {open_files(gateway.pid)}, {report.statistics}"
-            )
-            break
-        await asyncio.sleep(0.25)
-    if (mode := report.statistics["mode"]) != "active":
-        report.violations.append(f"at rest the gateway is {mode}, not active: {report.statistics}")
+        await asyncio.sleep(0.1)
+    if descriptors > 0 or threads > 0:
+        report.violations.append(f"left over: {descriptors} file descriptors, {threads} threads; {open_files(gateway.pid)}")
+    found = report.statistics = await asyncio.to_thread(gateway.statistics)
+    if found["mode"] != "active" or any(found["in_flight"].values()) or any(found["waiting"].values()):
+        report.violations.append(f"the gateway is not at rest: {found}")
 
 
 def _end(fleet: Fleet, gateway: GatewayProcess, report: Report) -> None:
