@@ -228,7 +228,7 @@ class _Relay:
         self._started = False
         self._streams_events = False
         self.ended = False
-        """Whether the last byte of the answer is out."""
+        """Whether the last byte of the answer is out, or on its way."""
         self.done = False
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
         self.error: Exception | None = None
@@ -332,8 +332,10 @@ class _Relay:
 
     async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
         self.done = self.done or last
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
+        # put its connection in order (hypercorn starts a timer), which must not be cancelled.
         self.ended = last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
     async def _fail(self, error: LLMuxError) -> None:
         if not self._started:

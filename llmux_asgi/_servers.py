@@ -11,7 +11,7 @@ import anyio
 
 from ._memory import MemoryCheck
 from .backends import Backend, BackendState, StoppableBackend
-from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError
+from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 
 __all__ = ["Servers"]
 
@@ -40,6 +40,8 @@ class Servers:
         self._measured = False
         """Whether the memory was measured before the last wake."""
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
+        self._vanished: set[str] = set()
+        """Servers that may have been in memory when nothing listened there any more: one that ends in order frees it last."""
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -60,9 +62,14 @@ class Servers:
 
     async def look(self, model: str) -> BackendState:
         """Ask the server of `model` for its state. Raises `BackendError` if there is no clear answer."""
-        self._known.pop(model, None)
+        before = self._known.pop(model, None)
+        was_in_memory = before in (BackendState.AWAKE, None) or not self.is_sound(model)
         state = await self._backends[model].state()
         self._learn(model, state)
+        if state is not BackendState.UNREACHABLE:
+            self._vanished.discard(model)
+        elif was_in_memory:
+            self._vanished.add(model)
         return state
 
     async def look_at(self, models: Iterable[str]) -> dict[str, BackendError]:
@@ -80,10 +87,31 @@ class Servers:
                 tasks.start_soon(look, model)
         return errors
 
-    async def require_reachable(self, model: str) -> None:
-        """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake."""
-        if await self.look(model) is BackendState.UNREACHABLE:
+    def can_stop(self, model: str) -> bool:
+        """Say whether the process of `model` is the gateway's own."""
+        return isinstance(self._backends[model], StoppableBackend)
+
+    async def require_reachable(self, model: str, *, has_failed: bool = False) -> None:
+        """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake.
+
+        If it is the gateway's own and `has_failed` before, it may give no clear answer: `settle` then ends it.
+        """
+        try:
+            state = await self.look(model)
+        except BackendUnsupportedError:
+            raise  # it would be no other when it is started again
+        except BackendError as exc:
+            if not (has_failed and self.can_stop(model)):
+                raise
+            logger.warning("the server of the model %r gives no clear answer again: %s", model, exc)
+            return
+        if state is BackendState.UNREACHABLE:
             raise BackendUnreachableError(f"{self._backends[model]}: nothing listens there. Is the server running?")
+
+    async def settle(self, model: str) -> None:
+        """End the process of `model` if `require_reachable` has got no clear answer: waking it then starts it anew."""
+        if model not in self._known:
+            await self.stop(model, BackendError(f"{self._backends[model]}: it gives no clear answer"))
 
     async def in_memory(self, target: str, origin: str | None) -> tuple[list[str], list[str]]:
         """Ask all servers but these two and return those that have to be put to sleep before `target` is woken.
@@ -108,6 +136,16 @@ class Servers:
             doubtful.append(target)
         return awake, doubtful
 
+    async def confirm_vanished(self) -> None:
+        """Confirm by the GPU's memory that those are out of it which were in it when they went. Raises `BackendError`."""
+        vanished, self._vanished = self._vanished, set()
+        try:
+            for model in vanished:
+                await self._confirm_freed(model)
+        except BackendError:
+            self._vanished |= vanished
+            raise
+
     async def sleep(self, model: str, level: int) -> None:
         """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone.
 
@@ -130,18 +168,28 @@ class Servers:
         logger.warning("ending the process of the model %r: %s", model, reason)
         await backend.stop()
         self._learn(model, BackendState.STOPPED)
-        if self._memory is not None:
-            await self._memory.confirm_freed(model)
+        await self._confirm_freed(model)
 
     async def _put_to_sleep(self, model: str, level: int) -> None:
         await self._try_to_sleep(model, level)
-        if self._memory is not None:
-            try:
-                await self._memory.confirm_freed(model)
-            except BackendError:
-                self._known.pop(model, None)
-                self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
-                raise
+        try:
+            await self._confirm_freed(model)
+        except BackendError:
+            self._known.pop(model, None)
+            self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
+            raise
+
+    async def _confirm_freed(self, model: str) -> None:
+        """Confirm by the GPU's memory that `model` is out of it, unless another model may be in it.
+
+        It is not to be blamed for what that one holds. The last one that is put to sleep before a wake is always measured.
+        """
+        if self._memory is not None and not any(self._may_hold_memory(other) for other in self.models if other != model):
+            await self._memory.confirm_freed(model)
+
+    def _may_hold_memory(self, model: str) -> bool:
+        known = self._known.get(model)
+        return known in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE) or model in self._vanished
 
     async def _try_to_sleep(self, model: str, level: int) -> None:
         self._known.pop(model, None)

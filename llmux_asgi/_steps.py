@@ -43,6 +43,7 @@ class Steps:
             level = self._sleep_level(model)
             with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
                 await self._servers.sleep(model, level)
+        await self._servers.confirm_vanished()
 
     async def bring_up(self, to: str) -> None:
         """Wake `to`, everything else being out of memory; return when it takes requests.

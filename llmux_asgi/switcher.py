@@ -489,12 +489,12 @@ class ModelSwitcher:
             self._state.drain()
             await self._drain(origin, to)
 
-        look = partial(self._servers.require_reachable, to)
+        wary = self._backoff.has_failed(to)
+        look = partial(self._servers.require_reachable, to, has_failed=wary)
         with anyio.CancelScope() as scope:
             self._give_up = scope
             try:
                 # Beside the drain, so that it costs no time; but the gate is not closed twice for a model that does not answer.
-                wary = self._backoff.has_failed(to)
                 if wary:
                     await look()
                 async with anyio.create_task_group() as steps:
@@ -537,6 +537,7 @@ class ModelSwitcher:
             if self._state.in_flight(origin):
                 self._activation.interrupted = True
 
+        await self._servers.settle(to)
         await self._steps.make_room(to, origin, interrupt)
         if self._activation.interrupted:
             self._activation.end()

@@ -1,0 +1,20 @@
+"""A short soak, on both event loops. The long one is `make soak`."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.soak.__main__ import describe
+from tests.soak.run import Size, soak
+from tests.support.serve import EventLoop
+
+
+@pytest.mark.parametrize(("loop", "seed"), [("asyncio", 1), ("trio", 2)])
+def test_every_request_has_its_answer_or_an_error_and_nothing_is_left_over(loop: EventLoop, seed: int) -> None:
+    size = Size(requests=300, switches=25, faults=5, concurrency=16, minutes=1, memory_is_judged=False)
+    report = asyncio.run(soak(size, loop, seed))
+    assert not report.violations, describe(report)
+    assert report.outcomes["whole answer"] > 100
+    assert report.outcomes["whole stream"] > 100
