@@ -98,7 +98,7 @@ class ServerProcess:
         await self._end(0)
 
     async def _end(self, grace: float) -> None:
-        guardian, self._guardian = self._guardian, None
+        guardian = self._guardian
         if guardian is None:
             return
         if guardian.stdin is not None:
@@ -110,7 +110,9 @@ class ServerProcess:
         # A guardian that was killed has left the rest of it behind.
         if guardian.returncode < 0:
             await self._kill_marked()
-        logger.info("the process of the model %r is gone (%s)", self.model, _describe(guardian.returncode))
+        if self._guardian is guardian:  # two may have waited for its end
+            self._guardian = None
+            logger.info("the process of the model %r is gone (%s)", self.model, _describe(guardian.returncode))
 
     async def _kill_marked(self) -> None:
         def gone() -> bool:

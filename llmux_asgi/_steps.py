@@ -69,6 +69,7 @@ class Steps:
                 if not self._is_worth_another_try(exc, to):
                     raise
         await self._servers.stop(to, failure)
+        await self.make_room(to, None)
         await self._wake(to)
 
     def _is_worth_another_try(self, exc: BackendError, to: str) -> bool:

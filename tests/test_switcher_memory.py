@@ -24,7 +24,7 @@ class Gauge:
 
 def pool_with_gauge() -> Pool:
     gauge = Gauge()
-    pool = Pool(memory=gauge)
+    pool = Pool(memory=gauge, memory_settle=0.01)
     gauge.gpu = pool.gpu
     return pool
 
@@ -73,8 +73,7 @@ async def test_a_half_woken_model_is_not_taken_for_what_the_outgoing_one_has_kep
         assert not pool.gpu.half_woken
 
 
-async def test_what_a_model_keeps_is_noticed_as_soon_as_it_is_the_only_one_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmux_asgi._memory._PATIENCE", 0.01)
+async def test_what_a_model_keeps_is_noticed_as_soon_as_it_is_the_only_one_in_memory() -> None:
     pool = pool_with_gauge()
 
     async def sleep(level: int) -> None:
