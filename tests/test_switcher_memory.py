@@ -24,7 +24,7 @@ class Gauge:
 
 def pool_with_gauge() -> Pool:
     gauge = Gauge()
-    pool = Pool(memory=gauge, memory_settle=0.01)
+    pool = Pool(memory=gauge, memory_settle=0.5)
     gauge.gpu = pool.gpu
     return pool
 
