@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,7 +19,7 @@ from llmux_asgi import LLMuxApp
 from tests.contract.driver import Call, Stream
 from tests.e2e.conftest import Prompt, text_of
 from tests.real.fixtures import RealServers
-from tests.real.server import GroupMember, free_port, group_members, leader_on
+from tests.real.server import GroupMember, RealServer, free_port, group_members, leader_on
 from tests.support.serve import serve
 
 PROMPT = Prompt(chat=True, stream=False, text="tell me of sleep", max_tokens=24)
@@ -63,9 +63,10 @@ class Client:
         for part in said:
             assert part in response.json()["error"]["message"]
 
-    def stream(self, model: str) -> Stream:
+    def stream(self, model: str, tokens: int = 900) -> Stream:
         """A stream that takes seconds. It has begun."""
-        stream = Stream(self.http, "/completions", {"model": model, "prompt": "go on", "max_tokens": 900, "stream": True})
+        body = {"model": model, "prompt": "go on", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+        stream = Stream(self.http, "/completions", body)
         assert stream.wait_for_events(5), stream.events
         return stream
 
@@ -121,8 +122,8 @@ def process_of(group: int, title: str) -> int:
     return next(member.pid for member in group_members(group) if title in member.title)
 
 
-def config_of(servers: RealServers, models: dict[str, Any], **limits: Any) -> dict[str, Any]:
-    """A gateway's configuration: `models`, and alpha and beta by URL."""
+def config_of(servers: Iterable[RealServer], models: dict[str, Any], **limits: Any) -> dict[str, Any]:
+    """A gateway's configuration: `models`, and `servers` by URL."""
     by_url = {server.name: {"url": server.url, "timeouts": {"sleep": 3, "probe": 2}} for server in servers}
     policy = {"min_active_duration": 0, "request_timeout": PATIENCE}
     return {"models": {**models, **by_url}, "policy": policy, "limits": {"health_interval": 0.2, **limits}}
@@ -140,8 +141,8 @@ def at_a_port(model: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def stage(servers: RealServers, expected: dict[str, tuple[str, str]], own: dict[str, Any]) -> Iterator[Stage]:
-    """A mounted gateway, its model `own` as configured."""
+def stage(servers: Iterable[RealServer], expected: dict[str, tuple[str, str]], own: dict[str, Any]) -> Iterator[Stage]:
+    """A mounted gateway, its model `own` as configured; `servers` by URL."""
     llm = LLMuxApp(config_of(servers, {"own": own}))
     with serve(Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan)) as url, Stage(url, expected, llm) as running:
         yield running

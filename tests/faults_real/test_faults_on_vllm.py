@@ -32,7 +32,7 @@ from tests.faults_real.conftest import (
 from tests.real.fixtures import RealServers
 from tests.real.server import leader_on
 from tests.support.eventually import eventually
-from tests.support.gateway_process import gateway_process
+from tests.support.gateway_process import GatewayProcess, gateway_process
 
 pytestmark = pytest.mark.vllm
 
@@ -46,6 +46,29 @@ def gateway(real_servers: RealServers, expected: Expected) -> Iterator[Stage]:
         yield running
     for server in real_servers:  # as the other tests of the session expect them
         server.call("POST", "/wake_up")
+
+
+@pytest.fixture(scope="module")
+def without_development_mode(real_servers: RealServers, expected: Expected) -> Iterator[tuple[Stage, Call]]:
+    """A gateway whose only model lacks what it needs, and the request that has started it."""
+    own = own_model(real_servers, env={"VLLM_SERVER_DEV_MODE": "0"})
+    with stage((), expected, own) as gateway:
+        yield gateway, gateway.asking("own")
+
+
+@pytest.fixture(scope="module")
+def to_be_stopped(real_servers: RealServers, expected: Expected) -> Iterator[tuple[GatewayProcess, Client, OwnServer]]:
+    """A gateway as a process, and the server that it has begun to start."""
+    own = at_a_port(own_model(real_servers))
+    with gateway_process(config_of((), {"own": own}, shutdown=60)) as gateway, Client(gateway.url, expected) as client:
+        client.asking("own")
+        yield gateway, client, started_at(own["url"])
+
+
+def started_at(url: str) -> OwnServer:
+    """The server that is to listen there, as soon as it has a process."""
+    eventually("the process is started", lambda: leader_on(int(url.rpartition(":")[2])) is not None)
+    return OwnServer.on(url)
 
 
 @pytest.fixture
@@ -68,6 +91,10 @@ def is_asleep(url: str) -> bool:
     return bool(httpx.get(url + "/is_sleeping", timeout=10).json()["is_sleeping"])
 
 
+# Three servers start side by side for the first three tests, which takes less time than one after the other.
+
+
+@pytest.mark.usefixtures("without_development_mode", "to_be_stopped")
 def test_the_first_request_starts_the_process_in_development_mode(gateway: Stage, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "llmux_asgi")
     gateway.answers_whole("own")
@@ -79,6 +106,31 @@ def test_the_first_request_starts_the_process_in_development_mode(gateway: Stage
     assert b"\0VLLM_SERVER_DEV_MODE=1\0" in Path(f"/proc/{first.leader}/environ").read_bytes()
     gateway.answers_whole("beta", "own", "alpha", "own")
     assert gateway.own == first  # it slept and woke, it was not started again
+
+
+def test_development_mode_switched_off_is_told_and_the_process_ended(without_development_mode: tuple[Stage, Call]) -> None:
+    gateway, asked = without_development_mode
+    response = asked.response(PATIENCE)
+    assert response.status_code == 503
+    for part in ("GET /is_sleeping answered 404", "VLLM_SERVER_DEV_MODE=1"):
+        assert part in response.json()["error"]["message"]
+    assert leader_on(int(gateway.own_url.rpartition(":")[2])) is None
+
+
+def test_a_gateway_that_is_told_to_stop_lets_its_streams_end_and_ends_its_processes(
+    to_be_stopped: tuple[GatewayProcess, Client, OwnServer],
+) -> None:
+    gateway, client, own = to_be_stopped
+    client.answers_whole("own")
+    own.calm()
+    stream = client.stream("own", tokens=120)  # the tests' host gives its connections 3 s
+    gateway.kill(signal.SIGTERM)
+    stream.end()
+    assert stream.finish_reason == "length"
+    assert stream.closed_with_done
+    assert gateway.wait() == 0
+    assert own.members() == []
+    assert "the process of the model 'own' is gone" in gateway.log
 
 
 # Strangers
@@ -199,13 +251,6 @@ def test_a_server_that_its_supervisor_restarts_is_served_again(gateway: Stage, r
 # Starts that fail
 
 
-def test_development_mode_switched_off_is_told_and_the_process_ended(real_servers: RealServers, expected: Expected) -> None:
-    own = own_model(real_servers, env={"VLLM_SERVER_DEV_MODE": "0"})
-    with stage(real_servers, expected, own) as gateway:
-        gateway.fails("own", 503, "GET /is_sleeping answered 404", "VLLM_SERVER_DEV_MODE=1")
-        nothing_is_left(gateway)
-
-
 def test_a_model_that_does_not_exist_is_told_in_vllms_own_words(real_servers: RealServers, expected: Expected) -> None:
     own = own_model(real_servers)
     own["command"] = ["/no/such/model" if part == str(real_servers.alpha.model) else part for part in own["command"]]
@@ -261,29 +306,11 @@ def test_a_gateway_killed_in_a_switch_serves_again_after_its_restart(
         assert second.statistics()["failures"] == 0
 
 
-def test_a_gateway_that_is_told_to_stop_ends_its_streams_and_its_processes_in_order(
-    real_servers: RealServers, expected: Expected
-) -> None:
-    config = config_of(real_servers, {"own": at_a_port(own_model(real_servers))}, shutdown=60)
-    with gateway_process(config) as gateway, Client(gateway.url, expected) as client:
-        client.answers_whole("own")
-        own = OwnServer.on(config["models"]["own"]["url"])
-        own.calm()
-        stream = client.stream("own")
-        gateway.kill(signal.SIGTERM)
-        stream.end()
-        assert gateway.wait() == 0
-        assert own.members() == []
-        assert "the process of the model 'own' is gone" in gateway.log
-
-
 def test_a_gateway_that_is_killed_leaves_no_process_behind(real_servers: RealServers, expected: Expected) -> None:
     config = config_of(real_servers, {"own": at_a_port(own_model(real_servers))})
-    url = config["models"]["own"]["url"]
     with gateway_process(config) as gateway, Client(gateway.url, expected) as client:
         asked = client.asking("own")
-        eventually("the process is started", lambda: leader_on(int(url.rpartition(":")[2])) is not None)
-        own = OwnServer.on(url)
+        own = started_at(config["models"]["own"]["url"])
         eventually("it has started its engine", lambda: "EngineCore" in str(own.members()), PATIENCE)
         gateway.kill()
         gateway.wait()
