@@ -41,9 +41,11 @@ def shared_router(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
         with serve(simulated) as url:
             yield url
         return
-    from tests.real.llama_cpp import running_router
+    from tests.real.llama_cpp import missing_tools, running_router
     from tests.real.tiny_gguf import write_tiny_gguf
 
+    if missing := missing_tools():
+        pytest.skip(f"building the real llama-server needs {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("router")
     (models := folder / "models").mkdir()
     for seed, name in enumerate(MODELS):

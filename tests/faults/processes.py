@@ -9,7 +9,6 @@ import socket
 import sys
 
 from llmux_asgi import Phase
-from tests.support.eventually import eventually
 from tests.support.serve import free_port
 
 from .matrix import fault
@@ -146,7 +145,7 @@ def guardian_killed(stage: Stage) -> None:
     assert len(guardians) == 2
     for pid in guardians:
         os.kill(pid, signal.SIGKILL)
-    eventually("the server dies with its guardian", lambda: old not in stage.own_processes())
+    stage.until_gone("a")
     assert stage.ask("a") == Answer(200, expected("a"))
     assert old not in stage.own_processes()
 

