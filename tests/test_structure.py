@@ -36,7 +36,7 @@ LAYERS = [
         "backends._build",
         "backends",
     ],
-    ["_lease", "_decision", "_servers", "_steps", "_proxy", "switcher"],
+    ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
     ["middleware"],
     ["app"],
     [""],

@@ -1,0 +1,78 @@
+"""The requests that wait for a model or are served by it, and how they are told what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import anyio
+
+from ._lease import Activation, Waiter
+from ._state import SwitcherState, Ticket, TicketStatus
+from .exceptions import LLMuxError, SwitchError
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
+
+__all__ = ["WaitingRoom"]
+
+
+class WaitingRoom:
+    """Admits, queues and releases, and keeps the events that these set. Nothing here waits."""
+
+    def __init__(self, state: SwitcherState) -> None:
+        self.state = state
+        self.activation = Activation()
+        """The stretch of time that leases are granted in."""
+        self.changed = anyio.Event()
+        """Set when the policy may decide otherwise than before. Whoever waits for it puts a new one here first."""
+        self.drained = anyio.Event()
+        """Set when the active model's last running request is over. As above."""
+        self.released = anyio.Event()
+        """Set when any request is over. As above."""
+        self.give_up: anyio.CancelScope | None = None
+        """Cancelled when nobody waits for the target any more, as long as the switch can be given up."""
+        self.drop_deferral: Callable[[str], None] = lambda model: None
+        """Called when a deferral of the model has become pointless."""
+
+    def release(self, model: str) -> None:
+        """Count a request out."""
+        if self.state.release(model) and model == self.state.active:
+            self.drained.set()
+        self.released.set()
+        self.changed.set()
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
+        if waiter.status is TicketStatus.GRANTED:
+            self.release(waiter.model)
+        elif waiter.status is TicketStatus.WAITING:
+            self.state.leave(waiter)
+            if not self.state.depth(waiter.model):
+                self._nobody_waits(waiter.model)
+
+    def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
+        for ticket in self.state.refuse(model):
+            waiter = cast("Waiter", ticket)
+            waiter.error = error
+            waiter.event.set()
+        self._nobody_waits(model)
+
+    def refuse_all(self, reason: str) -> None:
+        for model in self.state.waiting_models():
+            self.refuse(model, partial(SwitchError, model, reason))
+
+    def _nobody_waits(self, model: str) -> None:
+        self.drop_deferral(model)
+        if self.give_up is not None and model == self.state.target:
+            self.give_up.cancel()
+        self.changed.set()
+
+    def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
+        for ticket in granted:
+            waiter = cast("Waiter", ticket)
+            waiter.activation, waiter.switch = self.activation, switch
+            waiter.event.set()
+        if self.state.active is not None:
+            self.drop_deferral(self.state.active)
