@@ -53,6 +53,7 @@ class WaitingRoom:
                 self._nobody_waits(waiter.model)
 
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
+        """Tell everybody who waits for `model` the error that the function makes."""
         for ticket in self.state.refuse(model):
             waiter = cast("Waiter", ticket)
             waiter.error = error
@@ -60,6 +61,7 @@ class WaitingRoom:
         self._nobody_waits(model)
 
     def refuse_all(self, reason: str) -> None:
+        """Tell everybody who waits that the switch failed, and why."""
         for model in self.state.waiting_models():
             self.refuse(model, partial(SwitchError, model, reason))
 
@@ -70,6 +72,7 @@ class WaitingRoom:
         self.changed.set()
 
     def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
+        """Tell those whose tickets were granted, and by which switch if it was one."""
         for ticket in granted:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self.activation, switch
