@@ -253,7 +253,7 @@ async def _exchange(client: httpx.AsyncClient, order: Order, judge: Judge, begun
     except httpx.TransportError as exc:
         if answered and not order.stream:
             return "broken transfer"  # that is how a plain answer which has begun tells of an error
-        return judge.blame(order, f"the connection broke: {exc!r}")
+        return judge.blame(order, f"the connection broke after {time.monotonic() - begun:.3f} s: {exc!r}")
     if not answered:
         return judge.error(order, response.status_code, response.headers, content)
     if order.target is None or order.padding:
