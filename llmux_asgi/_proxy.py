@@ -238,10 +238,10 @@ class _Relay:
             with anyio.CancelScope() as scope, self._lease.exchange(partial(_limit, scope)):
                 await self._relay(body)
             if scope.cancelled_caught:
-                raise InterruptedRequestError(self._lease.model)
+                raise self._interrupted()
         except UpstreamFault as exc:
             if self._lease.interrupted:  # that is why
-                await self._fail(InterruptedRequestError(self._lease.model))
+                await self._fail(self._interrupted())
                 return
             self._lease.distrust()
             may_retry = not self._started and (self._target.retry or not exc.sent)
@@ -292,7 +292,7 @@ class _Relay:
             if left is not None:
                 left -= len(chunk)
             elif self._lease.interrupted:  # nobody can tell whether it will be whole
-                raise InterruptedRequestError(self._lease.model)
+                raise self._interrupted()
             await self._pass_on(chunk, last=left == 0)
         if not self.ended:
             await self._pass_on(b"", last=True)
@@ -309,12 +309,12 @@ class _Relay:
                 self._lease.distrust()
             if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
                 await self._pass_on(events[:cut])
-                raise InterruptedRequestError(self._lease.model)
+                raise self._interrupted()
             if events:
                 self.done = is_done(events)
                 await self._pass_on(events)
         if self._lease.interrupted and not (self.done or answer.is_finished):
-            raise InterruptedRequestError(self._lease.model)
+            raise self._interrupted()
         await self._pass_on(rest, last=True)
 
     async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
@@ -322,7 +322,7 @@ class _Relay:
         body = b"".join([chunk async for chunk in chunks])
         status: int = start["status"]
         if status >= 500 or (status < 400 and not answer.is_whole(body)):  # a 4xx is what the server thinks of the request
-            raise InterruptedRequestError(self._lease.model)
+            raise self._interrupted()
         await self._begin(start)
         await self._pass_on(body, last=True)
 
@@ -336,6 +336,9 @@ class _Relay:
         # put its connection in order (hypercorn starts a timer), which must not be cancelled.
         self.ended = last
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    def _interrupted(self) -> InterruptedRequestError:
+        return InterruptedRequestError(self._lease.model, may_retry=self._target.retry and not self._started)
 
     async def _fail(self, error: LLMuxError) -> None:
         if not self._started:

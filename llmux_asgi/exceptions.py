@@ -108,15 +108,19 @@ class SwitchError(LLMuxError):
 
 
 class InterruptedRequestError(LLMuxError):
-    """The running request was aborted: its model was put to sleep (drain off, deadline passed) or its server ended."""
+    """The running request was aborted: its model was put to sleep (drain off, deadline passed) or its server ended.
 
-    def __init__(self, model: str) -> None:
+    `may_retry`: nothing of the answer has been passed on, and to send the request again does no harm.
+    """
+
+    def __init__(self, model: str, *, may_retry: bool = False) -> None:
         super().__init__(
             f"The request was aborted because the model {model!r} was put to sleep, or ended, before the answer was complete. "
             "Send the request again."
         )
         self.model = model
         self.retry_after = 1.0
+        self.may_retry = may_retry
 
 
 class BackendError(LLMuxError):

@@ -16,6 +16,7 @@ from ._openai import INFERENCE_ROUTES, content_length, describe, model_of, read_
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
 from .exceptions import (
     BodyTooLargeError,
+    InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
     PolicyError,
@@ -120,7 +121,7 @@ class _Responder:
     async def _answer(self, model: str) -> None:
         try:
             await self._attempt(model, last=False)
-        except UpstreamError as exc:
+        except (InterruptedRequestError, UpstreamError) as exc:
             if self._status or not exc.may_retry:
                 raise
             logger.warning("%s The request is sent once more.", exc)

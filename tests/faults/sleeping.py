@@ -165,7 +165,7 @@ def sleep_comes_late(stage: Stage) -> None:
 
 @fault(
     "Somebody else sends `/sleep?mode=wait` while answers run: it takes effect when they are done",
-    "200: the running answers finish; who comes then waits until the watch has noticed",
+    "the running answers finish; 200 to who comes then, or 503 if it comes before the watch has noticed (200 with `retry`)",
     "WARNING 'is not awake any more'",
     "woken again",
     Setting(limits={"health_interval": 0.05}),
@@ -177,8 +177,23 @@ def sleep_by_hand_in_mode_wait(stage: Stage) -> None:
         assert stream.text == expected("a", 600)
     stranger.result()
     stage.expect_requests_asleep(5)
-    assert stage.ask("a") == Answer(200, expected("a"))
+    answer = stage.ask("a")
+    assert answer == Answer(200, expected("a")) or answer.error.startswith("request_interrupted")
     assert stage.logged("not awake")
+
+
+@fault(
+    "Somebody else puts the active model to sleep while a request is on its way; `retry: true`",
+    "200: it hangs until the watch has noticed, and is sent once more",
+    "WARNING 'The request is sent once more'",
+    "woken again",
+    Setting(limits={"health_interval": 0.3}, config={"a": {"retry": True}}),
+)
+def sleep_by_hand_retried(stage: Stage) -> None:
+    stage.expect_requests_asleep(1)
+    stage.by_hand("a", "/sleep?level=1")
+    assert stage.ask("a") == Answer(200, expected("a"))
+    assert stage.logged("not awake any more")
 
 
 @fault(

@@ -157,11 +157,12 @@ class Stage:
     def __enter__(self) -> Stage:
         with self._stack:
             stack = self._stack.__enter__()
+            limits = httpx.Limits(max_keepalive_connections=0)
+            self.client = stack.enter_context(httpx.Client(timeout=_LIMIT, limits=limits, verify=False))  # noqa: S501 (http only)
             self._start_servers(stack)
             tracer_provider = TracerProvider(shutdown_on_exit=False)
             tracer_provider.add_span_processor(SimpleSpanProcessor(self._spans))
             memory = self.ledger if self.setting.memory_check else None
-            self._malformed = stack.enter_context(serve(_malformed))
             self.llm = LLMuxApp(self.configuration(), tracer_provider=tracer_provider, memory=memory)
 
             async def close(request: Request) -> Response:
@@ -171,7 +172,6 @@ class Stage:
             routes = [Mount("/llm", self.llm), Route("/close", close, methods=["POST"])]
             app = Starlette(routes=routes, lifespan=self.llm.lifespan)
             self.url = stack.enter_context(serve(app, self.loop)) + "/llm/v1"
-            self.client = stack.enter_context(httpx.Client(timeout=_LIMIT, limits=httpx.Limits(max_keepalive_connections=0)))
             if self.setting.warm:
                 for model in reversed(self.setting.models):
                     assert self.ask(model).status == 200
@@ -219,7 +219,7 @@ class Stage:
                 server = {"url": self.sims[model].url}
             own = {**self.setting.config.get("*", {}), **self.setting.config.get(model, {})}
             if own.get("url") == "malformed":
-                own["url"] = self._malformed
+                own["url"] = self._stack.enter_context(serve(_malformed))
             timeouts = {**_TIMEOUTS, **own.pop("timeouts", {})}
             models[model] = {**server, "timeouts": timeouts, **own}
         return {
@@ -234,7 +234,7 @@ class Stage:
 
     def pid(self, model: str) -> int:
         """The process that listens for a model."""
-        return int(httpx.get(self.address(model) + "/sim/state").json()["pid"])
+        return int(self.client.get(self.address(model) + "/sim/state").json()["pid"])
 
     def kill(self, model: str, number: int = signal.SIGKILL) -> None:
         """Send a signal to the server's process; if it kills, wait until its memory is free."""
@@ -255,11 +255,11 @@ class Stage:
 
     def faults(self, model: str, *specs: str) -> None:
         """Have the server of a model go wrong."""
-        httpx.post(self.address(model) + "/sim/faults", json={"faults": specs}).raise_for_status()
+        self.client.post(self.address(model) + "/sim/faults", json={"faults": specs}).raise_for_status()
 
     def mend(self, model: str) -> None:
         """Have the server of a model behave."""
-        httpx.delete(self.address(model) + "/sim/faults").raise_for_status()
+        self.client.delete(self.address(model) + "/sim/faults").raise_for_status()
 
     def resume(self, model: str) -> None:
         """Thaw a frozen server."""
@@ -268,13 +268,13 @@ class Stage:
     def health(self, model: str) -> int:
         """Ask the server for its health, past the gateway."""
         try:
-            return httpx.get(self.address(model) + "/health").status_code
+            return self.client.get(self.address(model) + "/health").status_code
         except httpx.HTTPError:
             return 0
 
     def asleep(self, model: str) -> bool:
         """What the server says, asked past the gateway."""
-        return bool(httpx.get(self.address(model) + "/is_sleeping").json()["is_sleeping"])
+        return bool(self.client.get(self.address(model) + "/is_sleeping").json()["is_sleeping"])
 
     def wait_for_end(self, model: str) -> None:
         """Wait until the process of a server has ended by itself."""
@@ -283,7 +283,7 @@ class Stage:
     def until_requests(self, model: str, count: int) -> None:
         """Wait until `count` requests have reached the server since its start, beside those of the warm-up."""
         url = self.address(model) + "/sim/state"
-        eventually(f"{count} requests at {model}", lambda: httpx.get(url).json()["in_flight"] >= count)
+        eventually(f"{count} requests at {model}", lambda: self.client.get(url).json()["in_flight"] >= count)
 
     def own_processes(self) -> list[int]:
         """The processes that the gateway has started, guardians included."""
@@ -301,7 +301,7 @@ class Stage:
 
     def by_hand(self, model: str, call: str) -> None:
         """Send a control call past the gateway."""
-        httpx.post(self.address(model) + call, timeout=_LIMIT).raise_for_status()
+        self.client.post(self.address(model) + call, timeout=_LIMIT).raise_for_status()
 
     # Clients
 
@@ -363,7 +363,7 @@ class Stage:
 
     def close_the_gateway(self) -> None:
         """Do what its host's lifespan does at the end."""
-        httpx.post(self.url.removesuffix("/llm/v1") + "/close", timeout=_LIMIT).raise_for_status()
+        self.client.post(self.url.removesuffix("/llm/v1") + "/close", timeout=_LIMIT).raise_for_status()
 
     @contextmanager
     def another_gateway(self) -> Iterator[GatewayProcess]:
