@@ -157,8 +157,9 @@ async def clear_leftovers(patience: float) -> None:
     """
 
     def is_left_over(environ: Mapping[str, str]) -> bool:
-        gateway = environ.get(_GATEWAY_MARK)
-        return gateway is not None and _identity(int(gateway.partition(":")[0])) != gateway
+        pid, _, rest = environ.get(_GATEWAY_MARK, "").partition(":")
+        # In another container the same number is another process, and whether its gateway lives cannot be told from here.
+        return pid.isdecimal() and rest.partition(":")[2] == _namespace() and _identity(int(pid)) != f"{pid}:{rest}"
 
     def gone() -> bool:
         rest = _marked(is_left_over)
@@ -223,9 +224,17 @@ def _is_dead(pid: int) -> bool:
 
 
 def _identity(pid: int) -> str:
-    """`PID:START`: tells a process from a later one that has got the same number."""
+    """`PID:START:NAMESPACE`: tells a process from a later one that has got the same number, and from those of containers."""
     fields = _stat(pid)
-    return f"{pid}:{fields[19]}" if fields and fields[0] not in ("Z", "X") else f"{pid}:"
+    start = fields[19] if fields and fields[0] not in ("Z", "X") else ""
+    return f"{pid}:{start}:{_namespace()}"
+
+
+def _namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def _describe(status: int) -> str:

@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
@@ -168,6 +168,33 @@ async def test_the_next_gateway_waits_for_a_guardian_that_is_at_it() -> None:
     gone = killed_gateway(STUBBORN + SAY + SLEEP, grace=0.3, guardian_too=False)
     await clear_leftovers(20)
     assert processes_of(gone) == []
+
+
+@contextmanager
+def marked(gateway: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that says to be of this gateway; `{gone}` stands for a process that has ended."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mark = gateway.format(gone=gone.pid, me=os.getpid(), namespace=Path("/proc/self/ns/pid").readlink())
+    with subprocess.Popen(["sleep", "600"], env={**os.environ, "LLMUX_ASGI_GATEWAY": mark}) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("gateway", "is_left"),
+    [
+        ("{gone}:1:{namespace}", True),
+        ("{me}:1:{namespace}", True),  # an earlier process that had this one's number
+        ("{gone}:1:pid:[1]", False),  # of another container
+        ("nonsense", False),
+        ("", False),
+    ],
+)
+async def test_only_what_a_gateway_of_this_pid_namespace_has_left_is_ended(gateway: str, is_left: bool) -> None:
+    with marked(gateway) as process:
+        await clear_leftovers(0)
+        eventually("it is killed or not", lambda: (process.poll() is None) != is_left)
 
 
 async def test_the_processes_of_a_living_gateway_are_left_alone() -> None:
