@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         UpstreamError,
     )
     from .middleware import LLMuxMiddleware
-    from .policy import Defer, FifoPolicy, PolicyContext, PolicyDecision, SwitchContext, SwitchNow, SwitchPolicy
+    from .policy import Defer, FifoPolicy, PolicyContext, PolicyDecision, Stay, SwitchContext, SwitchNow, SwitchPolicy
     from .switcher import ModelSwitcher
 
 __all__ = [
@@ -92,6 +92,7 @@ __all__ = [
     "ProbedBackend",
     "QueueTimeoutError",
     "SGLangBackend",
+    "Stay",
     "StoppableBackend",
     "SwitchContext",
     "SwitchError",

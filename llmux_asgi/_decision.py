@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import anyio
 
 from ._spawn import only_own_cancellation, spawn
 from ._state import SwitcherState
-from .policy import Defer, PolicyContext, SwitchNow, SwitchPolicy
+from .policy import Defer, PolicyContext, Stay, SwitchNow, SwitchPolicy
 
 __all__ = ["Blame", "Decider"]
 
@@ -37,6 +39,16 @@ class _Deferral:
     done: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Situation:
+    """What is the same in every context of one round of questions. The models with the longest wait come first."""
+
+    now: float
+    depths: Mapping[str, int]
+    oldest_waits: Mapping[str, float]
+    total_waits: Mapping[str, float]
+
+
 class Decider:
     """Which model to switch to now, as the policy has it. `changed` is called when that may have become another one."""
 
@@ -54,23 +66,33 @@ class Decider:
         self._blame = blame
         self._changed = changed
         self._deferrals: dict[str, _Deferral] = {}
+        self.ask_again_at = math.inf
+        """When the policy wants to be asked again although nothing has changed, on `clock`. As of the last `choose`."""
 
     def choose(self) -> str | None:
         """Ask for each model that has waiting requests, the longest wait first; `None`: for none of them now."""
-        for model in self._state.waiting_models():
+        self.ask_again_at = math.inf
+        situation = self._look()
+        for model in situation.depths:
             if deferral := self._deferrals.get(model):
                 if deferral.done:
                     del self._deferrals[model]
                     return model
                 continue
             try:
-                decision: object = self._policy.on_pending_request(self._context(model))
+                decision: object = self._policy.on_pending_request(self._context(model, situation))
             except Exception as exc:  # noqa: BLE001 - the policy is the user's code
                 self._blame(model, f"on_pending_request raised {exc!r}", exc)
                 continue
             match decision:
                 case SwitchNow():
                     return model
+                case Stay(None):
+                    pass
+                case Stay(until) if isinstance(until, int | float) and not math.isnan(until):
+                    self.ask_again_at = min(self.ask_again_at, until)
+                case Stay(until):
+                    self._blame(model, f"on_pending_request returned {decision!r}; until must be a time in seconds or None")
                 case Defer(awaitable):
                     self._deferrals[model] = deferral = _Deferral(awaitable)
                     # In a task of its own: the user's code may be slow to end, or cancel what it is given.
@@ -81,7 +103,7 @@ class Decider:
                     self._blame(
                         model,
                         f"on_pending_request returned {type(decision).__name__}; it must be a plain function that "
-                        "returns SwitchNow() or Defer(awaitable)",
+                        "returns SwitchNow(), Stay(until) or Defer(awaitable)",
                     )
         return None
 
@@ -98,14 +120,32 @@ class Decider:
         for model in list(self._deferrals):
             self.drop(model)
 
-    def _context(self, model: str) -> PolicyContext:
-        active = self._state.active
+    def _look(self) -> _Situation:
+        """Once for all models that are asked about. What it costs grows with the number of models, not of requests."""
+        state, now = self._state, self._clock()
+        waiting = state.waiting_models()
+        return _Situation(
+            now,
+            MappingProxyType({model: state.depth(model) for model in waiting}),
+            MappingProxyType({model: now - state.oldest(model).since for model in waiting}),
+            MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
+        )
+
+    def _context(self, model: str, situation: _Situation) -> PolicyContext:
+        state, active = self._state, self._state.active
         return PolicyContext(
             target_model=model,
             active_model=active,
-            target_queue_depth=self._state.depth(model),
-            oldest_waiting=self._clock() - self._state.oldest(model).since,
-            active_in_flight=self._state.in_flight(active),
+            target_queue_depth=situation.depths[model],
+            oldest_waiting=situation.oldest_waits[model],
+            active_in_flight=state.in_flight(active),
+            now=situation.now,
+            active_since=state.active_since,
+            idle_for=state.idle_for(situation.now),
+            queued_at_activation=state.queued_at_activation,
+            queue_depths=situation.depths,
+            oldest_waits=situation.oldest_waits,
+            total_waits=situation.total_waits,
         )
 
     async def _await(self, model: str, deferral: _Deferral) -> None:

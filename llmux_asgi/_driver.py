@@ -103,7 +103,9 @@ class Driver:
                 async with self.exclusively():
                     await self._switch(target)
             else:
-                await self._room.changed.wait()
+                # At least a millisecond: a policy that names a time which is past must not keep the event loop busy.
+                with anyio.move_on_after(max(self._decider.ask_again_at - self._clock(), 0.001)):
+                    await self._room.changed.wait()
 
     def _blame_policy(self, model: str, what: str, exc: Exception | None = None) -> PolicyError:
         error = f"The switch policy {type(self._policy).__name__} failed for the model {model!r}: {what}"

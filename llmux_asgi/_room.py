@@ -21,8 +21,9 @@ __all__ = ["WaitingRoom"]
 class WaitingRoom:
     """Admits, queues and releases, and keeps the events that these set. Nothing here waits."""
 
-    def __init__(self, state: SwitcherState) -> None:
+    def __init__(self, state: SwitcherState, clock: Callable[[], float]) -> None:
         self.state = state
+        self._clock = clock
         self.activation = Activation()
         """The stretch of time that leases are granted in."""
         self.changed = anyio.Event()
@@ -38,7 +39,7 @@ class WaitingRoom:
 
     def release(self, model: str) -> None:
         """Count a request out."""
-        if self.state.release(model) and model == self.state.active:
+        if self.state.release(model, self._clock()) and model == self.state.active:
             self.drained.set()
         self.released.set()
         self.changed.set()
@@ -51,6 +52,7 @@ class WaitingRoom:
             self.state.leave(waiter)
             if not self.state.depth(waiter.model):
                 self._nobody_waits(waiter.model)
+            self.changed.set()
 
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
         """Tell everybody who waits for `model` the error that the function makes."""

@@ -107,12 +107,18 @@ class SwitcherState:
         self.active: str | None = None
         self.target: str | None = None
         self.phase: Phase | None = None
-        self.active_since = 0.0
+        self.active_since = float("-inf")
+        """When the active model became active; minus infinity if that is not known."""
+        self.queued_at_activation = 0
+        """How many tickets were granted when it did."""
+        self._idle_since = float("-inf")
         self._doubted = False
         self._in_flight = dict.fromkeys(models, 0)
         self._last_active: dict[str, None] = {}
         # Tickets in order of arrival; a dict, so that one in the middle leaves in O(1).
         self._queues: dict[str, dict[Ticket, None]] = {model: {} for model in self._in_flight}
+        # The sum of each queue's times of arrival, so that the sum of its waits is known without a walk through it.
+        self._arrivals = dict.fromkeys(self._in_flight, 0.0)
         self._switches = self._abandoned = self._failures = 0
 
     # Requests
@@ -133,26 +139,37 @@ class SwitcherState:
         """Put a request at the end of its model's queue."""
         _require(not self.admits(ticket.model) and ticket.status is TicketStatus.WAITING)
         self._queues[ticket.model][ticket] = None
+        self._arrivals[ticket.model] += ticket.since
 
     def leave(self, ticket: Ticket) -> None:
         """Take a waiting request out of its queue: from now on it counts nowhere."""
         _require(ticket.status is TicketStatus.WAITING)
         del self._queues[ticket.model][ticket]
+        # Set back when it is empty, so that what rounding leaves does not add up.
+        self._arrivals[ticket.model] = self._arrivals[ticket.model] - ticket.since if self._queues[ticket.model] else 0.0
         ticket.status = TicketStatus.LEFT
 
     def refuse(self, model: str) -> list[Ticket]:
         """Empty a model's queue; the tickets are refused."""
         return self._empty(model, TicketStatus.REFUSED)
 
-    def release(self, model: str) -> bool:
+    def release(self, model: str, now: float) -> bool:
         """Count a request out. Returns whether it was the model's last."""
         _require(self._in_flight[model] > 0)
         self._in_flight[model] -= 1
-        return not self._in_flight[model]
+        if self._in_flight[model]:
+            return False
+        if model == self.active:
+            self._idle_since = now
+        return True
 
     def in_flight(self, model: str | None) -> int:
         """How many requests `model` is serving."""
         return self._in_flight[model] if model is not None else 0
+
+    def idle_for(self, now: float) -> float:
+        """For how many seconds the active model has served nobody: 0.0 if it serves or none is active."""
+        return now - self._idle_since if self.active is not None and not self._in_flight[self.active] else 0.0
 
     def depth(self, model: str) -> int:
         """How many requests wait for `model`."""
@@ -161,6 +178,10 @@ class SwitcherState:
     def oldest(self, model: str) -> Ticket:
         """The request that has waited longest for `model`. There must be one."""
         return next(iter(self._queues[model]))
+
+    def total_wait(self, model: str, now: float) -> float:
+        """The sum of the times in seconds that the requests in the queue of `model` have waited."""
+        return max(0.0, len(self._queues[model]) * now - self._arrivals[model])
 
     def waiters(self, model: str) -> tuple[Ticket, ...]:
         """Those who wait for `model`, in order of arrival."""
@@ -187,7 +208,7 @@ class SwitcherState:
         _require(self.mode is Mode.UNKNOWN)
         if model != self.active:
             # How long it has been awake is not known: no cooldown is owed for it.
-            self.active, self.active_since = model, float("-inf")
+            self._activate(model, float("-inf"))
         return self._settle()
 
     def distrust(self) -> None:
@@ -217,7 +238,7 @@ class SwitcherState:
     def wake(self) -> None:
         """Every other model is confirmed out of memory; the target's wake may be sent."""
         self._step(Phase.SLEEP, Phase.WAKE)
-        self.active = None
+        self._activate(None, float("-inf"))
         self._doubted = False
 
     def wake_up(self) -> None:
@@ -232,7 +253,7 @@ class SwitcherState:
     def complete(self, now: float) -> list[Ticket]:
         """The target serves. Grants everyone who waits for it, in the same step; returns their tickets."""
         _require(self.phase is Phase.READY and self.target is not None)
-        self.active, self.active_since = self.target, now
+        self._activate(self.target, now)
         self._doubted = False
         self._switches += 1
         return self._settle()
@@ -285,6 +306,10 @@ class SwitcherState:
         _require(self.phase is before)
         self.phase = after
 
+    def _activate(self, model: str | None, since: float) -> None:
+        self.active, self.active_since, self._idle_since = model, since, since
+        self.queued_at_activation = self.depth(model) if model is not None else 0
+
     def _settle(self) -> list[Ticket]:
         self.target = self.phase = None
         if self._doubted:
@@ -306,6 +331,7 @@ class SwitcherState:
     def _empty(self, model: str, status: TicketStatus) -> list[Ticket]:
         tickets = list(self._queues[model])
         self._queues[model].clear()
+        self._arrivals[model] = 0.0
         for ticket in tickets:
             ticket.status = status
         return tickets

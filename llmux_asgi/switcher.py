@@ -77,7 +77,7 @@ class ModelSwitcher:
         self._clock = clock
 
         self._state = SwitcherState(self.models)
-        self._room = WaitingRoom(self._state)
+        self._room = WaitingRoom(self._state, clock)
         self._driver = Driver(self._room, self._servers, self._policy, self._backoff, self.telemetry, self._sleep_level, clock)
         self._closing = False
 

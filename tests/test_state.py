@@ -163,10 +163,53 @@ def test_release_tells_the_last_one() -> None:
     state = active()
     assert state.try_admit("a")
     assert state.try_admit("a")
-    assert not state.release("a")
-    assert state.release("a")
+    assert not state.release("a", 1.0)
+    assert state.release("a", 1.0)
     with pytest.raises(RuntimeError):
-        state.release("a")
+        state.release("a", 1.0)
+
+
+def test_it_is_known_for_how_long_the_active_model_has_served_nobody() -> None:
+    state = active()
+    assert state.idle_for(5.0) == float("inf")  # found awake
+    state.try_admit("a")
+    state.try_admit("a")
+    state.release("a", 1.0)
+    assert state.idle_for(5.0) == 0.0
+    state.release("a", 2.0)
+    assert state.idle_for(5.0) == 3.0
+    state.try_admit("a")
+    assert state.idle_for(5.0) == 0.0
+
+
+def test_an_activation_begins_with_those_who_waited_and_is_idle_from_then_on_if_they_are_gone() -> None:
+    state = switching(Phase.WAKE)
+    assert (state.idle_for(7.0), state.queued_at_activation) == (0.0, 0)
+    ticket = queued(state, "b")
+    state.ready()
+    assert len(state.complete(7.0)) == state.queued_at_activation == 2
+    assert ticket.status is TicketStatus.GRANTED
+    state.release("b", 8.0)
+    state.release("b", 9.0)
+    assert (state.idle_for(9.5), state.queued_at_activation) == (0.5, 2)
+    state = switching(Phase.READY)
+    state.refuse("b")
+    state.complete(7.0)
+    assert (state.idle_for(9.0), state.queued_at_activation) == (2.0, 0)
+
+
+def test_the_sum_of_the_waits_follows_each_arrival_and_each_departure() -> None:
+    state = active()
+    assert state.total_wait("b", 9.0) == 0.0
+    first = queued(state, "b", 1.0)
+    queued(state, "b", 4.0)
+    queued(state, "c", 0.0)
+    assert state.total_wait("b", 9.0) == 8.0 + 5.0
+    state.leave(first)
+    assert state.total_wait("b", 9.0) == 5.0
+    state.refuse("b")
+    assert state.total_wait("b", 9.0) == 0.0
+    assert state.total_wait("c", 9.0) == 9.0
 
 
 def test_refused_and_left_requests_count_nowhere() -> None:

@@ -49,7 +49,7 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from([m for m in MODELS if self.holding[m]]))
         self.holding[model] -= 1
-        assert self.state.release(model) is (self.holding[model] == 0)
+        assert self.state.release(model, self.now) is (self.holding[model] == 0)
 
     @precondition(lambda self: self.queue)
     @rule(data=st.data())
@@ -140,6 +140,18 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         statistics = self.state.snapshot()
         assert dict(statistics.in_flight) == self.holding
         assert dict(statistics.waiting) == {m: sum(t.model == m for t in self.queue) for m in MODELS}
+
+    @invariant()
+    def the_sum_of_the_waits_agrees_with_the_books(self) -> None:
+        for model in MODELS:
+            waits = [self.now - ticket.since for ticket in self.queue if ticket.model == model]
+            assert abs(self.state.total_wait(model, self.now) - sum(waits)) < 1e-6
+
+    @invariant()
+    def the_active_model_is_idle_if_nobody_is_served(self) -> None:
+        idle = self.state.idle_for(self.now)
+        assert idle >= 0
+        assert idle == 0 or (self.state.active is not None and not self.holding[self.state.active])
 
     @invariant()
     def nobody_waits_for_a_model_that_admits(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 
 import anyio
@@ -16,6 +17,7 @@ from llmux_asgi import (
     PolicyContext,
     PolicyDecision,
     PolicyError,
+    Stay,
     SwitchContext,
     SwitchNow,
     SwitchPolicy,
@@ -178,6 +180,8 @@ async def as_a_coroutine() -> SwitchNow:
         (raising, r"on_pending_request raised ZeroDivisionError\('oops'\)"),
         (lambda: None, "returned NoneType"),
         (as_a_coroutine, "returned coroutine; it must be a plain function"),
+        (lambda: Stay(until=math.nan), r"returned Stay\(until=nan\); until must be a time in seconds or None"),
+        (lambda: Stay(until="soon"), r"returned Stay\(until='soon'\)"),  # type: ignore[arg-type]
         (lambda: Defer(failing_awaitable()), "the awaitable of its Defer raised ZeroDivisionError"),
     ],
 )

@@ -1,32 +1,17 @@
-"""When to leave the active model, and for which: the policy seam.
-
-A policy is pure: it is shown a `PolicyContext` and answers at once, without I/O and without waiting. The switcher asks it
-for each model that has waiting requests, the one that has waited longest first: *shall we switch to it?*
-
-    SwitchNow()         the switch begins
-    Defer(awaitable)    the switch begins when the awaitable is done, without asking again, if somebody still waits for
-                        the model by then; one deferral a model at a time, cancelled when it has become pointless
-
-Write your own by subclassing `SwitchPolicy`:
-
-    class NightShift(SwitchPolicy):
-        def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
-            if context.active_in_flight == 0 or context.oldest_waiting > 10.0:
-                return SwitchNow()
-            return Defer(anyio.sleep(10.0 - context.oldest_waiting))
-"""
+"""What a policy is shown, and what it may answer."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
 __all__ = [
     "Defer",
-    "FifoPolicy",
     "PolicyContext",
     "PolicyDecision",
+    "Stay",
     "SwitchContext",
     "SwitchNow",
     "SwitchPolicy",
@@ -48,6 +33,25 @@ class PolicyContext:
     active_in_flight: int
     """How many requests the active model is serving now; 0 if none is active."""
 
+    # From here on all have defaults, and none counts when contexts are compared: code that makes contexts of the five above,
+    # or compares them, goes on working.
+
+    now: float = field(default=0.0, compare=False)
+    """The time on the switcher's clock, monotonic, in seconds. Times below are on the same clock."""
+    active_since: float = field(default=-math.inf, compare=False)
+    """When the active model became active; minus infinity if that is not known, or none is active."""
+    idle_for: float = field(default=0.0, compare=False)
+    """For how many seconds the active model has served nobody; 0.0 while it serves, or if none is active; infinity if it
+    was found awake and has served nobody since."""
+    queued_at_activation: int = field(default=0, compare=False)
+    """How many requests were waiting for the active model when it became active. All of them were admitted at once."""
+    queue_depths: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """How many requests wait, by model; the longest wait comes first, and models that nobody waits for are left out."""
+    oldest_waits: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """For how many seconds the oldest of them has waited, by model, in the same order."""
+    total_waits: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The sum of the times that they have waited, in seconds, by model, in the same order."""
+
 
 @dataclass(frozen=True, slots=True)
 class SwitchNow:
@@ -65,7 +69,19 @@ class Defer:
     awaitable: Awaitable[object]
 
 
-PolicyDecision: TypeAlias = SwitchNow | Defer
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """Not now: ask again at `until` at the latest, and whenever something has changed.
+
+    `until` is a time on the switcher's clock, as `PolicyContext.now` is; `None`: when something has changed. A change is a
+    request that arrives, leaves or is over, a switch that is completed, given up or has failed. A time that is past asks
+    again at once, though not more often than each millisecond.
+    """
+
+    until: float | None = None
+
+
+PolicyDecision: TypeAlias = SwitchNow | Defer | Stay
 
 
 class SwitchContext:
@@ -119,42 +135,3 @@ class SwitchPolicy(Protocol):
         Requests still running when it returns are aborted by vLLM and reach their clients as an error.
         """
         await context.wait_for_in_flight()
-
-
-class FifoPolicy(SwitchPolicy):
-    """Switch to whichever model has waited longest, as soon as `min_active_duration` allows.
-
-    Bound on a wait, with N models, switch cost C (sleep + wake, seconds), drain deadline D and min_active_duration M:
-    (N - 1) * (M + D + C) + M + D + C. Without `drain_timeout` D is the longest running answer.
-
-    It is simple and fair between models, and it thrashes when requests for several models alternate.
-    """
-
-    def __init__(
-        self,
-        *,
-        sleep_level: int = 1,
-        request_timeout: float | None = 60.0,
-        min_active_duration: float = 5.0,
-        drain: bool = True,
-        drain_timeout: float | None = None,
-    ) -> None:
-        """Take the settings of the `policy` section of the configuration.
-
-        `drain`: wait for running requests before the model is put to sleep; if off they are aborted at once.
-        `drain_timeout`: the longest drain in seconds; requests still running then are aborted. `None`: no deadline.
-        """
-        self.sleep_level = sleep_level
-        self.request_timeout = request_timeout
-        self.min_active_duration = min_active_duration
-        self.drain = drain
-        self.drain_timeout = drain_timeout
-
-    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
-        """Always `SwitchNow`: the switcher asks for the model that has waited longest first."""
-        return SwitchNow()
-
-    async def prepare_switch(self, context: SwitchContext) -> None:
-        """Drain, up to `drain_timeout` seconds, unless draining is off."""
-        if self.drain:
-            await context.wait_for_in_flight(self.drain_timeout)

@@ -1,0 +1,46 @@
+"""First come, first served, model by model."""
+
+from __future__ import annotations
+
+from ._vocabulary import PolicyContext, PolicyDecision, SwitchContext, SwitchNow, SwitchPolicy
+
+__all__ = ["FifoPolicy"]
+
+
+class FifoPolicy(SwitchPolicy):
+    """Switch to whichever model has waited longest, as soon as `min_active_duration` allows.
+
+    Bound on a wait, with N models, switch cost C (sleep + wake, seconds), drain deadline D and min_active_duration M:
+    (N - 1) * (M + D + C) + M + D + C. Without `drain_timeout` D is the longest running answer.
+
+    It is simple and fair between models, and it thrashes when requests for several models alternate.
+    """
+
+    def __init__(
+        self,
+        *,
+        sleep_level: int = 1,
+        request_timeout: float | None = 60.0,
+        min_active_duration: float = 5.0,
+        drain: bool = True,
+        drain_timeout: float | None = None,
+    ) -> None:
+        """Take the settings of the `policy` section of the configuration.
+
+        `drain`: wait for running requests before the model is put to sleep; if off they are aborted at once.
+        `drain_timeout`: the longest drain in seconds; requests still running then are aborted. `None`: no deadline.
+        """
+        self.sleep_level = sleep_level
+        self.request_timeout = request_timeout
+        self.min_active_duration = min_active_duration
+        self.drain = drain
+        self.drain_timeout = drain_timeout
+
+    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
+        """Always `SwitchNow`: the switcher asks for the model that has waited longest first."""
+        return SwitchNow()
+
+    async def prepare_switch(self, context: SwitchContext) -> None:
+        """Drain, up to `drain_timeout` seconds, unless draining is off."""
+        if self.drain:
+            await context.wait_for_in_flight(self.drain_timeout)
