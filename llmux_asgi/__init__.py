@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._estimates import ModelCosts
     from ._lease import Lease
     from ._state import Mode, Phase, SwitcherStatistics
     from .app import LLMuxApp
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     )
     from .config import (
         Config,
+        CostsConfig,
         HooksConfig,
         LimitsConfig,
         MemoryConfig,
@@ -66,6 +68,7 @@ __all__ = [
     "BodyTooLargeError",
     "Config",
     "ConfigError",
+    "CostsConfig",
     "Defer",
     "FifoPolicy",
     "HooksBackend",
@@ -82,6 +85,7 @@ __all__ = [
     "MemoryConfig",
     "Mode",
     "ModelConfig",
+    "ModelCosts",
     "ModelSwitcher",
     "OllamaBackend",
     "Phase",
@@ -107,7 +111,7 @@ __all__ = [
     "load_config",
 ]
 
-_HOMES = ("exceptions", "config", "policy", "_state", "backends", "_lease", "switcher", "middleware", "app")
+_HOMES = ("exceptions", "config", "policy", "_estimates", "_state", "backends", "_lease", "switcher", "middleware", "app")
 
 
 def __getattr__(name: str) -> object:

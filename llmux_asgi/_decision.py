@@ -47,10 +47,15 @@ class _Situation:
     depths: Mapping[str, int]
     oldest_waits: Mapping[str, float]
     total_waits: Mapping[str, float]
+    sleep_costs: Mapping[str, float]
+    wake_costs: Mapping[str, float]
 
 
 class Decider:
-    """Which model to switch to now, as the policy has it. `changed` is called when that may have become another one."""
+    """Which model to switch to now, as the policy has it. `changed` is called when that may have become another one.
+
+    `costs` tells the estimates of sleep and of wake, in seconds by model.
+    """
 
     def __init__(
         self,
@@ -59,12 +64,14 @@ class Decider:
         clock: Callable[[], float],
         blame: Blame,
         changed: Callable[[], None],
+        costs: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]],
     ) -> None:
         self._policy = policy
         self._state = state
         self._clock = clock
         self._blame = blame
         self._changed = changed
+        self._costs = costs
         self._deferrals: dict[str, _Deferral] = {}
         self.ask_again_at = math.inf
         """When the policy wants to be asked again although nothing has changed, on `clock`. As of the last `choose`."""
@@ -129,6 +136,7 @@ class Decider:
             MappingProxyType({model: state.depth(model) for model in waiting}),
             MappingProxyType({model: now - state.oldest(model).since for model in waiting}),
             MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
+            *self._costs(),
         )
 
     def _context(self, model: str, situation: _Situation) -> PolicyContext:
@@ -146,6 +154,8 @@ class Decider:
             queue_depths=situation.depths,
             oldest_waits=situation.oldest_waits,
             total_waits=situation.total_waits,
+            sleep_costs=situation.sleep_costs,
+            wake_costs=situation.wake_costs,
         )
 
     async def _await(self, model: str, deferral: _Deferral) -> None:

@@ -16,6 +16,7 @@ import anyio
 from . import telemetry as names
 from ._backoff import Backoff
 from ._decision import Decider
+from ._estimates import Estimates
 from ._lease import Activation, Waiter
 from ._room import WaitingRoom
 from ._servers import Servers
@@ -48,6 +49,8 @@ class Driver:
         telemetry: Telemetry,
         sleep_level: Callable[[str], int],
         clock: Callable[[], float],
+        estimates: Estimates,
+        save_estimates: Callable[[], None],
     ) -> None:
         self._room = room
         self._state = room.state
@@ -57,8 +60,9 @@ class Driver:
         self._telemetry = telemetry
         self._sleep_level = sleep_level
         self._clock = clock
-        self._steps = Steps(servers, room.state, telemetry, sleep_level)
-        self._decider = Decider(policy, room.state, clock, self._blame_policy, lambda: room.changed.set())
+        self._save_estimates = save_estimates
+        self._steps = Steps(servers, room.state, telemetry, sleep_level, estimates, clock)
+        self._decider = Decider(policy, room.state, clock, self._blame_policy, lambda: room.changed.set(), self._steps.costs)
         room.drop_deferral = self._decider.drop
         self._lock: anyio.Lock | None = None
         self.driving = False
@@ -192,6 +196,7 @@ class Driver:
                 if switched:
                     text = "switched from %r to %r in %.3f s; %d requests waited for it"
                     logger.info(text, origin, to, self._clock() - begun, state.in_flight(to))
+                    self._save_estimates()
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
             self._telemetry.switch_duration.record(
                 self._clock() - begun,

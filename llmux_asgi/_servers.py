@@ -52,6 +52,10 @@ class Servers:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE
 
+    def says_stopped(self, model: str) -> bool:
+        """Say whether the process of `model` was gone when it was last looked for: to wake it is to start it."""
+        return self._known.get(model) is BackendState.STOPPED
+
     def states(self) -> dict[str, str]:
         """What each server was last known to be; `unknown` if there is no clear answer."""
         return {model: state.value if (state := self._known.get(model)) else "unknown" for model in self.models}
@@ -146,19 +150,21 @@ class Servers:
             self._vanished |= vanished
             raise
 
-    async def sleep(self, model: str, level: int) -> None:
+    async def sleep(self, model: str, level: int) -> bool:
         """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone.
 
-        If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own.
+        If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own. Returns
+        whether it went as it should: the first call succeeded.
         """
         try:
-            await self._put_to_sleep(model, level)
+            return await self._put_to_sleep(model, level)
         except BackendError as exc:
             logger.warning("putting the model %r to sleep failed, it is tried once more: %s", model, exc)
             try:
                 await self._put_to_sleep(model, level)
             except BackendError as again:
                 await self.stop(model, again)
+            return False
 
     async def stop(self, model: str, reason: BackendError) -> None:
         """End the process of `model`, because of `reason`; raise that if the process is not the gateway's own."""
@@ -170,14 +176,15 @@ class Servers:
         self._learn(model, BackendState.STOPPED)
         await self._confirm_freed(model)
 
-    async def _put_to_sleep(self, model: str, level: int) -> None:
-        await self._try_to_sleep(model, level)
+    async def _put_to_sleep(self, model: str, level: int) -> bool:
+        succeeded = await self._try_to_sleep(model, level)
         try:
             await self._confirm_freed(model)
         except BackendError:
             self._known.pop(model, None)
             self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
             raise
+        return succeeded
 
     async def _confirm_freed(self, model: str) -> None:
         """Confirm by the GPU's memory that `model` is out of it, unless another model may be in it.
@@ -191,7 +198,8 @@ class Servers:
         known = self._known.get(model)
         return known in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE) or model in self._vanished
 
-    async def _try_to_sleep(self, model: str, level: int) -> None:
+    async def _try_to_sleep(self, model: str, level: int) -> bool:
+        """Return whether the call succeeded; not if it failed and has left the model out of memory all the same."""
         self._known.pop(model, None)
         before = self._unconfirmed[model]
         self._unconfirmed[model] |= _Steps.SLEEP | (_Steps.SLEEP_AGAIN if before & _Steps.SLEEP else _Steps.NONE)
@@ -211,6 +219,8 @@ class Servers:
         else:
             self._known[model] = BackendState.ASLEEP
             self._unconfirmed[model] = _Steps.NONE
+            return True
+        return False
 
     async def wake(self, model: str) -> None:
         """Wake `model`, unless it is awake already. It counts as half-woken until `ready` has returned."""

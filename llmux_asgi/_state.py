@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from ._estimates import ModelCosts
+
 __all__ = ["Mode", "Phase", "SwitcherState", "SwitcherStatistics", "Ticket", "TicketStatus"]
 
 
@@ -97,6 +99,8 @@ class SwitcherStatistics:
     """Switches that failed."""
     servers: Mapping[str, str] = field(default_factory=dict)
     """What each model's server was last known to be: `awake`, `asleep`, `stopped`, `unreachable` or `unknown`."""
+    costs: Mapping[str, ModelCosts] = field(default_factory=dict)
+    """What putting each model to sleep and waking it is estimated to take, at its sleep level."""
 
 
 class SwitcherState:

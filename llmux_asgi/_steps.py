@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from . import telemetry as names
+from ._estimates import Estimates
 from ._servers import Servers
 from ._state import SwitcherState
 from .exceptions import (
@@ -26,11 +28,33 @@ logger = logging.getLogger(__name__)
 class Steps:
     """Puts models to sleep and wakes one, as the state machine allows. `sleep_level` tells the level of a model."""
 
-    def __init__(self, servers: Servers, state: SwitcherState, telemetry: Telemetry, sleep_level: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        servers: Servers,
+        state: SwitcherState,
+        telemetry: Telemetry,
+        sleep_level: Callable[[str], int],
+        estimates: Estimates,
+        clock: Callable[[], float],
+    ) -> None:
         self._servers = servers
         self._state = state
         self._telemetry = telemetry
         self._sleep_level = sleep_level
+        self._estimates = estimates
+        self._clock = clock
+
+    def wake_level(self, model: str) -> int:
+        """The level that `model` would be woken out of now: 3 if its process is gone."""
+        return 3 if self._servers.says_stopped(model) else self._sleep_level(model)
+
+    def costs(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """The estimates of sleep and of wake by model, as things stand."""
+        models = self._servers.models
+        return (
+            MappingProxyType(self._estimates.sleep_costs({model: self._sleep_level(model) for model in models})),
+            MappingProxyType(self._estimates.wake_costs({model: self.wake_level(model) for model in models})),
+        )
 
     async def make_room(self, to: str, origin: str | None, before_origin: Callable[[], None] = lambda: None) -> None:
         """Put everything but `to` to sleep. Calls `before_origin` right before the outgoing model is."""
@@ -42,7 +66,9 @@ class Steps:
                 before_origin()
             level = self._sleep_level(model)
             with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
-                await self._servers.sleep(model, level)
+                begun, sound = self._clock(), self._servers.is_sound(model)
+                if await self._servers.sleep(model, level) and sound:
+                    self._estimates.sleep_took(model, level, self._clock() - begun)
         await self._servers.confirm_vanished()
 
     async def bring_up(self, to: str) -> None:
@@ -78,8 +104,12 @@ class Steps:
 
     async def _wake(self, to: str) -> None:
         self._state.wake_up()
+        level = self.wake_level(to)
+        begun, sleeps = self._clock(), self._servers.is_sound(to) and not self._servers.says_awake(to)
         with self._telemetry.phase("wake", {names.MODEL: to}):
             await self._servers.wake(to)
         self._state.ready()
         with self._telemetry.phase("ready", {names.MODEL: to}):
             await self._servers.ready(to)
+        if sleeps:
+            self._estimates.wake_took(to, level, self._clock() - begun)

@@ -34,6 +34,7 @@ from .exceptions import ConfigError
 __all__ = [
     "Config",
     "ConfigSource",
+    "CostsConfig",
     "HooksConfig",
     "LimitsConfig",
     "MemoryConfig",
@@ -82,6 +83,13 @@ class TimeoutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ] = 600.0
 
 
+class CostsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What switching one model takes, in seconds, until it was measured."""
+
+    sleep: Annotated[Seconds | None, Meta(description="Putting the model to sleep; null: not known.")] = None
+    wake: Annotated[Seconds | None, Meta(description="Waking the model until it serves; null: not known.")] = None
+
+
 class HooksConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Commands that switch a server which has no sleep API. Each runs without a shell; exit status 0 is success.
 
@@ -126,6 +134,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
     ] = "none"
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
+    costs: CostsConfig = msgspec.field(default_factory=CostsConfig)
 
     def __post_init__(self) -> None:
         if self.url is not None:
@@ -184,6 +193,9 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain: Annotated[bool, Meta(description="Let running requests finish before the model is put to sleep.")] = True
     drain_timeout: Annotated[
         Seconds | None, Meta(description="Longest drain; requests still running then are aborted. null: no deadline.")
+    ] = None
+    estimates: Annotated[
+        _Name | None, Meta(description="JSON file that keeps what sleep and wake were measured to take; null: none.")
     ] = None
 
     def __post_init__(self) -> None:

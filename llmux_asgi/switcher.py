@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +19,8 @@ import anyio
 
 from ._backoff import Backoff
 from ._driver import CLOSING, Driver
+from ._estimates import Estimates, ModelCosts
+from ._estimates_file import EstimatesFile
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._room import WaitingRoom
@@ -48,7 +51,9 @@ class ModelSwitcher:
     `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
     override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
     seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
-    out of it within `memory_settle` seconds. `clock` gives monotonic seconds.
+    out of it within `memory_settle` seconds. `costs` is what a sleep and a wake are estimated to take before they were
+    measured; `estimates` is the path of a JSON file that keeps what was measured, and is read now. `clock` gives monotonic
+    seconds.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class ModelSwitcher:
         backoff: tuple[float, float] = (1.0, 30.0),
         memory: MemoryGauge | None = None,
         memory_settle: float = 5.0,
+        costs: Mapping[str, ModelCosts] | None = None,
+        estimates: str | os.PathLike[str] | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,7 +85,23 @@ class ModelSwitcher:
 
         self._state = SwitcherState(self.models)
         self._room = WaitingRoom(self._state, clock)
-        self._driver = Driver(self._room, self._servers, self._policy, self._backoff, self.telemetry, self._sleep_level, clock)
+        self._estimates = Estimates(self.models)
+        for model, each in (costs or {}).items():
+            self._estimates.seed(model, self._sleep_level(model), each)
+        self._estimates_file = EstimatesFile(estimates) if estimates is not None else None
+        if self._estimates_file is not None:
+            self._estimates_file.load_into(self._estimates)
+        self._driver = Driver(
+            self._room,
+            self._servers,
+            self._policy,
+            self._backoff,
+            self.telemetry,
+            self._sleep_level,
+            clock,
+            self._estimates,
+            self._save_estimates,
+        )
         self._closing = False
 
     @classmethod
@@ -113,6 +136,8 @@ class ModelSwitcher:
             },
             memory=memory,
             memory_settle=config.memory.settle,
+            costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
+            estimates=config.policy.estimates,
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
@@ -183,7 +208,11 @@ class ModelSwitcher:
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        return replace(self._state.snapshot(), servers=MappingProxyType(self._servers.states()))
+        return replace(
+            self._state.snapshot(),
+            servers=MappingProxyType(self._servers.states()),
+            costs=MappingProxyType({model: self._estimates.of(model, self._sleep_level(model)) for model in self.models}),
+        )
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
@@ -253,6 +282,8 @@ class ModelSwitcher:
             async with self._driver.exclusively():
                 self._state.distrust()
                 await self._servers.aclose()
+            if self._estimates_file is not None:
+                await self._estimates_file.wait(1.0)
         finally:
             self._closing = False
         self._driver.forget_the_loop()
@@ -272,6 +303,10 @@ class ModelSwitcher:
 
         spawn(run, "llmux_asgi inquiry")
         await done.wait()
+
+    def _save_estimates(self) -> None:
+        if self._estimates_file is not None:
+            self._estimates_file.save(self._estimates)
 
     def _release(self, model: str) -> None:
         self._room.release(model)

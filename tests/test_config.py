@@ -24,6 +24,7 @@ FULL: dict[str, Any] = {
             "aliases": ["gpt-4o", "best"],
             "sleep_level": 2,
             "timeouts": {"request": 10, "connect": 1, "probe": 2.5, "sleep": 30, "wake": 60, "read": None},
+            "costs": {"sleep": 1.5, "wake": 8},
         },
         "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
         "own": {
@@ -47,6 +48,7 @@ FULL: dict[str, Any] = {
         "min_active_duration": 0,
         "drain": True,
         "drain_timeout": 3,
+        "estimates": "/var/lib/llmux.json",
     },
     "limits": {"max_body": 1000, "backoff_initial": 0.5, "backoff_max": 8, "health_interval": None, "shutdown": 3},
     "memory": {"check": "nvml", "device": 1, "settle": 2},

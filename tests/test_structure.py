@@ -22,11 +22,11 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config"],
+    ["exceptions", "config", "_estimates"],
     ["policy._vocabulary"],
     ["policy.fifo"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["_body", "_spawn", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
+    ["_body", "_spawn", "_estimates_file", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
     [
         "backends.vllm",
         "backends.sglang",
@@ -44,7 +44,7 @@ LAYERS = [
     [""],
     ["sim", "cli"],
 ]
-PURE = ["exceptions", "config", "policy/_vocabulary", "policy/fifo", "_state", "_openai", "_backoff"]
+PURE = ["exceptions", "config", "policy/_vocabulary", "policy/fifo", "_estimates", "_state", "_openai", "_backoff"]
 
 
 def module_of(path: Path) -> str:

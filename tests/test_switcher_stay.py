@@ -176,7 +176,7 @@ async def test_the_earliest_time_counts_and_only_as_of_the_last_answers() -> Non
     state = SwitcherState("abc")
     for model in "abc":
         state.enqueue(Ticket(model, 0.0))
-    decider = Decider(policy, state, lambda: 1.0, lambda *_: None, lambda: None)
+    decider = Decider(policy, state, lambda: 1.0, lambda *_: None, lambda: None, lambda: ({}, {}))
     assert decider.ask_again_at == math.inf
     assert decider.choose() is None
     assert decider.ask_again_at == 5.0
@@ -270,7 +270,7 @@ async def test_a_decision_looks_at_no_request_but_the_oldest_of_each_model(depth
     for model in "bc":
         for _ in range(depth):
             state.enqueue(Counted(model, 0.0))
-    decider = Decider(Rule(stay), state, lambda: 1.0, lambda *_: None, lambda: None)
+    decider = Decider(Rule(stay), state, lambda: 1.0, lambda *_: None, lambda: None, lambda: ({}, {}))
     looked = 0
     assert decider.choose() is None
     assert looked <= 3 * 2

@@ -51,6 +51,15 @@ class PolicyContext:
     """For how many seconds the oldest of them has waited, by model, in the same order."""
     total_waits: Mapping[str, float] = field(default_factory=dict, compare=False)
     """The sum of the times that they have waited, in seconds, by model, in the same order."""
+    sleep_costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The estimate of what putting each model to sleep takes, in seconds; empty while nothing is known of any model."""
+    wake_costs: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The estimate of what waking each model takes, in seconds; empty while nothing is known of any model."""
+
+    def switch_cost(self, from_model: str | None, to_model: str) -> float:
+        """Return the estimate of a switch in seconds, without cooldown and drain; what is not known yet counts as 0."""
+        sleep = 0.0 if from_model is None else self.sleep_costs.get(from_model, 0.0)
+        return sleep + self.wake_costs.get(to_model, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

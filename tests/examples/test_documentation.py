@@ -121,6 +121,7 @@ def configuration_keys() -> dict[str, str]:
         "Config": "",
         "ModelConfig": "models.NAME.",
         "TimeoutsConfig": "models.NAME.timeouts.",
+        "CostsConfig": "models.NAME.costs.",
         "PolicyConfig": "policy.",
         "LimitsConfig": "limits.",
         "HooksConfig": "models.NAME.hooks.",
@@ -147,8 +148,8 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
     assert {key: row[1].strip("`") for key, row in documented.items()} == keys
     for key, (_, default, unit, meaning) in documented.items():
         assert meaning.endswith("."), key
-        timed = key.startswith(("models.NAME.timeouts.", "limits.backoff"))
-        timed = timed or key.endswith(("timeout", "duration", "interval", "shutdown", "settle"))
+        timed = key.startswith(("models.NAME.timeouts.", "models.NAME.costs.", "limits.backoff"))
+        timed = timed or key.endswith(("timeout", "duration", "interval", "shutdown", "settle", "linger", "max_wait"))
         assert (unit == "seconds") == timed, key
         assert default == "required" or default.startswith("`"), key
 
@@ -156,7 +157,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
 def test_the_short_table_of_the_readme_leaves_no_key_out() -> None:
     documented = {row[0].strip("`"): row[2] for row in rows(README) if row[0].startswith("`")}
     keys = set(configuration_keys()) - {"models"}
-    assert set(documented) <= keys | {"models.NAME.timeouts"}
+    assert set(documented) <= keys | {"models.NAME.timeouts", "models.NAME.costs"}
 
     def is_told(key: str) -> bool:
         """Whether it has a row of its own, or is named in one of its section's."""
