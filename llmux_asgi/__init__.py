@@ -53,7 +53,19 @@ if TYPE_CHECKING:
         UpstreamError,
     )
     from .middleware import LLMuxMiddleware
-    from .policy import Defer, FifoPolicy, PolicyContext, PolicyDecision, Stay, SwitchContext, SwitchNow, SwitchPolicy
+    from .policy import (
+        Defer,
+        FifoPolicy,
+        GatedQuantumPolicy,
+        PolicyContext,
+        PolicyDecision,
+        PressurePolicy,
+        Stay,
+        SwitchContext,
+        SwitchNow,
+        SwitchPolicy,
+        ThroughputPolicy,
+    )
     from .switcher import ModelSwitcher
 
 __all__ = [
@@ -71,6 +83,7 @@ __all__ = [
     "CostsConfig",
     "Defer",
     "FifoPolicy",
+    "GatedQuantumPolicy",
     "HooksBackend",
     "HooksConfig",
     "InterruptedRequestError",
@@ -93,6 +106,7 @@ __all__ = [
     "PolicyContext",
     "PolicyDecision",
     "PolicyError",
+    "PressurePolicy",
     "ProbedBackend",
     "QueueTimeoutError",
     "SGLangBackend",
@@ -103,6 +117,7 @@ __all__ = [
     "SwitchNow",
     "SwitchPolicy",
     "SwitcherStatistics",
+    "ThroughputPolicy",
     "TimeoutsConfig",
     "UnknownModelError",
     "UpstreamError",

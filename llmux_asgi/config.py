@@ -52,10 +52,18 @@ SleepLevel: TypeAlias = Literal[1, 2, 3]
 ProbeKind: TypeAlias = Literal["none", "token", "fingerprint"]
 MemoryCheckKind: TypeAlias = Literal["none", "nvml"]
 ServerKind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama"]
-PolicyName: TypeAlias = Literal["fifo"]
+PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 _T = TypeVar("_T")
+
+POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
+    "fifo": (),
+    "gated_quantum": ("quantum", "linger"),
+    "pressure": ("quantum", "linger", "max_wait"),
+    "throughput": ("linger", "max_wait"),
+}
+"""The settings that only some policies have."""
 
 _ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
 """Kinds of servers of which one serves several models."""
@@ -189,7 +197,22 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     request_timeout: Annotated[
         PositiveSeconds | None, Meta(description="Longest wait of a request for its model; null: no limit.")
     ] = 60.0
-    min_active_duration: Annotated[Seconds, Meta(description="A woken model stays active for at least this long.")] = 5.0
+    min_active_duration: Annotated[
+        Seconds | None,
+        Meta(description="A woken model stays active for at least this long; null: 5 for fifo, else 0."),
+    ] = None
+    quantum: Annotated[
+        Annotated[float, Meta(ge=0, le=1000)] | None,
+        Meta(description="Length of a turn, as a multiple of what the switch costs; null: 4. For gated_quantum, pressure."),
+    ] = None
+    linger: Annotated[
+        Seconds | None,
+        Meta(description="Time until an idle model is left; null: 0.5. For gated_quantum, pressure, throughput."),
+    ] = None
+    max_wait: Annotated[
+        Seconds | None,
+        Meta(description="Wait from which a request comes first; null: 30. For pressure, throughput."),
+    ] = None
     drain: Annotated[bool, Meta(description="Let running requests finish before the model is put to sleep.")] = True
     drain_timeout: Annotated[
         Seconds | None, Meta(description="Longest drain; requests still running then are aborted. null: no deadline.")
@@ -201,6 +224,10 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if self.drain_timeout is not None and not self.drain:
             raise _ValueConfigError("drain_timeout", "has no effect when drain is false: leave one of them out")
+        for key in ("quantum", "linger", "max_wait"):
+            if getattr(self, key) is not None and key not in POLICY_PARAMETERS[self.name]:
+                owners = ", ".join(name for name, keys in POLICY_PARAMETERS.items() if key in keys)
+                raise _ValueConfigError(key, f"has no effect with the policy {self.name}: it belongs to {owners}")
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

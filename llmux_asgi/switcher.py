@@ -28,7 +28,7 @@ from ._servers import Servers
 from ._spawn import spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
 from .backends import Backend, BackendState, build_backend, with_ports
-from .config import Config, PolicyConfig
+from .config import Config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
@@ -37,7 +37,7 @@ from .exceptions import (
     SwitchError,
     UnknownModelError,
 )
-from .policy import FifoPolicy, SwitchPolicy
+from .policy import FifoPolicy, SwitchPolicy, build_policy
 from .telemetry import Telemetry
 
 __all__ = ["Lease", "ModelSwitcher"]
@@ -122,7 +122,7 @@ class ModelSwitcher:
             memory = NvmlGauge(config.memory.device)
         levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
         if policy is None:
-            policy = _policy(config.policy)
+            policy = build_policy(config.policy)
         return cls(
             {
                 name: build_backend(name, model, sleep_level=levels.get(name, policy.sleep_level))
@@ -318,13 +318,3 @@ class ModelSwitcher:
 
     def _sleep_level(self, model: str) -> int:
         return self._sleep_levels.get(model, self._policy.sleep_level)
-
-
-def _policy(config: PolicyConfig) -> SwitchPolicy:
-    return FifoPolicy(
-        sleep_level=config.sleep_level,
-        request_timeout=config.request_timeout,
-        min_active_duration=config.min_active_duration,
-        drain=config.drain,
-        drain_timeout=config.drain_timeout,
-    )

@@ -42,10 +42,13 @@ FULL: dict[str, Any] = {
         },
     },
     "policy": {
-        "name": "fifo",
+        "name": "pressure",
         "sleep_level": 2,
         "request_timeout": None,
         "min_active_duration": 0,
+        "quantum": 3,
+        "linger": 0.25,
+        "max_wait": 20,
         "drain": True,
         "drain_timeout": 3,
         "estimates": "/var/lib/llmux.json",
@@ -73,7 +76,7 @@ JSON = '{"models": {"qwen": {"url": "http://127.0.0.1:8001", "aliases": ["gpt-4o
 def test_the_defaults_are_the_documented_ones() -> None:
     config = load_config(MINIMAL)
     assert config.policy == PolicyConfig(
-        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=5.0, drain=True, drain_timeout=None
+        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain=True, drain_timeout=None
     )
     assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0)
     assert config.models["qwen"].timeouts == TimeoutsConfig(connect=5.0, probe=5.0, sleep=120.0, wake=300.0, read=600.0)
@@ -194,7 +197,10 @@ def model(**values: Any) -> dict[str, Any]:
             "$.models.b.aliases[1]: 'x' already names the model 'a'",
         ),
         ({**MINIMAL, "polic": {}}, "$: object contains unknown field `polic`"),
-        ({**MINIMAL, "policy": {"name": "magic"}}, "$.policy.name: invalid enum value 'magic' (one of: fifo)"),
+        (
+            {**MINIMAL, "policy": {"name": "magic"}},
+            "$.policy.name: invalid enum value 'magic' (one of: fifo, gated_quantum, pressure, throughput)",
+        ),
         ({**MINIMAL, "policy": {"min_active_duration": -1}}, "$.policy.min_active_duration: expected `float` >= 0.0"),
         ({**MINIMAL, "limits": {"max_body": 0}}, "$.limits.max_body: expected `int` >= 1"),
     ],

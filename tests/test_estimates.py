@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from llmux_asgi import (
     load_config,
 )
 from llmux_asgi._estimates import Estimates
+from tests.support.clock import Clock, slowly
 from tests.support.pool import Pool, running
 
 
@@ -87,29 +87,6 @@ def test_what_something_else_has_written_is_refused_as_a_whole(data: bytes) -> N
 
 
 # Measured in a switch
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def slowly(pool: Pool, clock: Clock, **seconds: float) -> None:
-    """Have each step of every backend take this long on the clock."""
-
-    def slow(step: Callable[..., object], duration: float) -> Callable[..., object]:
-        async def run(*args: object) -> object:
-            clock.now += duration
-            return await step(*args)  # type: ignore[misc]
-
-        return run
-
-    for backend in pool.backends.values():
-        for name, duration in seconds.items():
-            setattr(backend, name, slow(getattr(backend, name), duration))
 
 
 @pytest.mark.anyio

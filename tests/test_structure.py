@@ -24,7 +24,9 @@ MODULES = sorted(
 LAYERS = [
     ["exceptions", "config", "_estimates"],
     ["policy._vocabulary"],
-    ["policy.fifo"],
+    ["policy._base"],
+    ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
+    ["policy._build"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
     ["_body", "_spawn", "_estimates_file", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
     [
@@ -44,7 +46,8 @@ LAYERS = [
     [""],
     ["sim", "cli"],
 ]
-PURE = ["exceptions", "config", "policy/_vocabulary", "policy/fifo", "_estimates", "_state", "_openai", "_backoff"]
+POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
+PURE = ["exceptions", "config", *POLICIES, "_estimates", "_state", "_openai", "_backoff"]
 
 
 def module_of(path: Path) -> str:

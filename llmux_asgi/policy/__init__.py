@@ -19,16 +19,24 @@ Write your own by subclassing `SwitchPolicy`:
 
 from __future__ import annotations
 
+from ._build import build_policy
 from ._vocabulary import Defer, PolicyContext, PolicyDecision, Stay, SwitchContext, SwitchNow, SwitchPolicy
 from .fifo import FifoPolicy
+from .gated_quantum import GatedQuantumPolicy
+from .pressure import PressurePolicy
+from .throughput import ThroughputPolicy
 
 __all__ = [
     "Defer",
     "FifoPolicy",
+    "GatedQuantumPolicy",
     "PolicyContext",
     "PolicyDecision",
+    "PressurePolicy",
     "Stay",
     "SwitchContext",
     "SwitchNow",
     "SwitchPolicy",
+    "ThroughputPolicy",
+    "build_policy",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ._vocabulary import PolicyContext, PolicyDecision, SwitchContext, SwitchNow, SwitchPolicy
+from ._base import DrainingPolicy
+from ._vocabulary import PolicyContext, PolicyDecision, SwitchNow
 
 __all__ = ["FifoPolicy"]
 
 
-class FifoPolicy(SwitchPolicy):
+class FifoPolicy(DrainingPolicy):
     """Switch to whichever model has waited longest, as soon as `min_active_duration` allows.
 
     Bound on a wait, with N models, switch cost C (sleep + wake, seconds), drain deadline D and min_active_duration M:
@@ -30,17 +31,14 @@ class FifoPolicy(SwitchPolicy):
         `drain`: wait for running requests before the model is put to sleep; if off they are aborted at once.
         `drain_timeout`: the longest drain in seconds; requests still running then are aborted. `None`: no deadline.
         """
-        self.sleep_level = sleep_level
-        self.request_timeout = request_timeout
-        self.min_active_duration = min_active_duration
-        self.drain = drain
-        self.drain_timeout = drain_timeout
+        super().__init__(
+            sleep_level=sleep_level,
+            request_timeout=request_timeout,
+            min_active_duration=min_active_duration,
+            drain=drain,
+            drain_timeout=drain_timeout,
+        )
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
         """Always `SwitchNow`: the switcher asks for the model that has waited longest first."""
         return SwitchNow()
-
-    async def prepare_switch(self, context: SwitchContext) -> None:
-        """Drain, up to `drain_timeout` seconds, unless draining is off."""
-        if self.drain:
-            await context.wait_for_in_flight(self.drain_timeout)

@@ -1,0 +1,74 @@
+"""Turns as with the gated quantum; next is where a switch relieves most waiting for its cost."""
+
+from __future__ import annotations
+
+from ._base import DrainingPolicy, decide_at, turn_ends_at
+from ._vocabulary import PolicyContext, PolicyDecision, Stay
+
+__all__ = ["PressurePolicy"]
+
+
+class PressurePolicy(DrainingPolicy):
+    """Leave as `GatedQuantumPolicy` does; next is the model with the most waiting for the cost of the switch to it.
+
+    Rule: next is the model j with the largest pressure W_j / (Ĉ(i→j) + 1 s), W_j being the sum of the times that its requests
+    have waited. A model whose oldest request has waited for `max_wait` seconds comes before that; the longest wait first. The
+    active model i is left for j as soon as it has served nobody for `linger` seconds, or has been active for κ·Ĉ(i→j) seconds.
+
+    Its mean wait is the best where queues differ much in length; a lone request waits longer than under the gated quantum. With
+    two models there is no choice to make, and the two policies are the same.
+
+    Bound on a wait, with N models, the largest switch cost C (estimated or real), the longest drain D, and
+    min_active_duration m:
+
+        max_wait + N·(max(κ·C, m) + D + C)
+
+    for once a request has waited for `max_wait`, only those that came before it can pass: the turn under way, N - 2 more at
+    most, then its own. A switch that fails, with its back-off, comes on top.
+
+    Source: max-weight scheduling (Tassiulas and Ephremides, 1992) with waiting times for weights, divided by the switchover
+    time so that dear switches need more to be worth it; `max_wait` bounds what max-weight alone does not.
+    """
+
+    def __init__(
+        self,
+        *,
+        quantum: float = 4.0,
+        linger: float = 0.5,
+        max_wait: float = 30.0,
+        sleep_level: int = 1,
+        request_timeout: float | None = 60.0,
+        min_active_duration: float = 0.0,
+        drain: bool = True,
+        drain_timeout: float | None = None,
+    ) -> None:
+        """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section."""
+        super().__init__(
+            sleep_level=sleep_level,
+            request_timeout=request_timeout,
+            min_active_duration=min_active_duration,
+            drain=drain,
+            drain_timeout=drain_timeout,
+        )
+        self.quantum = quantum
+        self.linger = linger
+        self.max_wait = max_wait
+
+    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
+        """`SwitchNow` once the turn is over, for the model with the largest pressure; else `Stay`."""
+        end = turn_ends_at(context, self.quantum, self.linger)
+        if self._next(context) == context.target_model:
+            return decide_at(end, context.now)
+        # By then it may have the largest pressure.
+        return Stay(until=end) if end > context.now else Stay()
+
+    def _next(self, context: PolicyContext) -> str:
+        """The model whose turn is next. Of equals the one that has waited longest: it comes first in the context."""
+        oldest = next(iter(context.oldest_waits), context.target_model)
+        if context.oldest_waits.get(oldest, context.oldest_waiting) >= self.max_wait:
+            return oldest
+        return max(
+            context.total_waits,
+            key=lambda model: context.total_waits[model] / (context.switch_cost(context.active_model, model) + 1.0),
+            default=context.target_model,
+        )
