@@ -18,8 +18,9 @@ from llmux_asgi import (
     load_config,
 )
 from llmux_asgi._estimates import Estimates
+from llmux_asgi._estimates_file import EstimatesFile
 from tests.support.clock import Clock, slowly
-from tests.support.pool import Pool, running
+from tests.support.pool import LIMIT, Pool, running
 
 
 def test_the_first_measurement_is_the_estimate_and_each_further_one_moves_it_by_three_tenths() -> None:
@@ -185,6 +186,21 @@ async def test_the_estimates_are_kept_over_a_restart(tmp_path: Path) -> None:
     again = Pool(estimates=path).switcher.statistics().costs
     assert again == pool.switcher.statistics().costs
     assert again["a"] == ModelCosts(2.0, 5.0)
+
+
+@pytest.mark.anyio
+async def test_estimates_that_change_while_they_are_written_are_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "estimates.json"
+    estimates, file = Estimates("a"), EstimatesFile(path)
+    estimates.sleep_took("a", 1, 2.0)
+    file.save(estimates)
+    estimates.wake_took("a", 1, 5.0)
+    file.save(estimates)
+    await file.wait(LIMIT)
+    again = Estimates("a")
+    file.load_into(again)
+    assert again.of("a", 1) == ModelCosts(2.0, 5.0)
+    assert names(tmp_path) == ["estimates.json"]
 
 
 def test_a_broken_file_is_a_warning_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
