@@ -237,7 +237,7 @@ class ModelSwitcher:
         A step that is on the wire is waited for. Processes of the gateway are ended, connections closed. The switcher may be
         used again afterwards: it then starts by asking the servers for their state.
         """
-        self._closing = True
+        self._closing = self._servers.closing = True
         try:
             self._room.refuse_all(CLOSING)
             with anyio.move_on_after(drain):
@@ -254,7 +254,7 @@ class ModelSwitcher:
                 self._state.distrust()
                 await self._servers.aclose()
         finally:
-            self._closing = False
+            self._closing = self._servers.closing = False
         self._driver.forget_the_loop()
 
     async def _in_its_own_task(self, function: Callable[[], Awaitable[None]]) -> None:
