@@ -8,8 +8,9 @@ import sys
 import anyio
 import pytest
 
-from llmux_asgi import BackendStartError, BackendState, ManagedBackend, TimeoutsConfig, VLLMBackend
+from llmux_asgi import BackendStartError, BackendState, LLMuxApp, ManagedBackend, Mode, TimeoutsConfig, VLLMBackend, load_config
 from llmux_asgi._process import processes_of
+from llmux_asgi.backends import _build, with_ports
 from tests.support.fakes import Gate
 from tests.support.serve import free_port
 
@@ -74,3 +75,25 @@ async def test_a_start_that_is_cancelled_leaves_no_process() -> None:
             tasks.cancel_scope.cancel()
         await backend.stop()
     assert processes_of(os.getpid()) == []
+
+
+async def test_a_lifespan_that_is_cancelled_leaves_no_process() -> None:
+    command = [sys.executable, "-m", "llmux_asgi.sim", '{"name": "m", "port": {port}, "start_seconds": 0}']
+    app = LLMuxApp({"models": {"m": {"command": command}}})
+    with anyio.fail_after(20):
+        with anyio.CancelScope() as scope:
+            async with app.lifespan(), app.switcher.lease("m"):
+                scope.cancel()
+                await anyio.lowlevel.checkpoint()
+        assert processes_of(os.getpid()) == []
+        assert app.switcher.statistics().mode is Mode.UNKNOWN
+        await app.aclose()
+
+
+def test_no_two_commands_get_the_same_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = iter([20001, 20002, 20002, 20003])
+    monkeypatch.setattr(_build, "free_port", lambda: next(drawn))
+    models: dict[str, object] = {name: {"command": ["serve", "{port}"]} for name in "ab"}
+    models["c"] = {"url": "http://127.0.0.1:20001"}
+    config = with_ports(load_config({"models": models}))
+    assert [model.address.rpartition(":")[2] for model in config.models.values()] == ["20002", "20003", "20001"]
