@@ -71,7 +71,8 @@ class Driver:
 
     def forget_the_loop(self) -> None:
         """Be usable on another event loop: a lock that was used on one does not work on the next."""
-        self._lock = None
+        if self._lock is not None and not self._lock.locked():
+            self._lock = None
 
     def wake(self) -> None:
         """Somebody has come to wait: decide, in a task that ends when nobody waits any more."""

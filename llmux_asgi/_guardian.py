@@ -2,10 +2,11 @@
 
     python -I -S _guardian.py GRACE COMMAND…
 
-The gateway holds the other end of this process's standard input. When that closes, because the gateway wants it or because
-the gateway is gone, however it ended, the command's process group is asked to end, and killed GRACE seconds later. When the
-command ends by itself, what it has started is killed at once. This process ends last: by then everything is gone. Its exit
-status is the command's, 128 + N if that was ended by the signal N, 127 if it could not be run.
+The gateway holds the other end of this process's standard input. When something comes from there, or it closes, because
+the gateway wants it or because the gateway is gone, however it ended, the command's process group is asked to end, and
+killed GRACE seconds later. When the command ends by itself, what it has started is killed at once. This process ends last:
+by then everything is gone. Its exit status is the command's, 128 + N if that was ended by the signal N, 127 if it could
+not be run.
 
 It needs nothing but the standard library, so that it takes little time and memory.
 """
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -31,8 +33,16 @@ _LOOK_SECONDS = 1.0
 
 
 def main() -> int:
-    """Run the command of the arguments."""
-    grace, command = float(sys.argv[1]), sys.argv[2:]
+    """Run the command of the arguments. After a fault of its own it ends by SIGKILL: the gateway then looks what is left."""
+    try:
+        return _guard(float(sys.argv[1]), sys.argv[2:])
+    except BaseException:
+        traceback.print_exc()
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise
+
+
+def _guard(grace: float, command: list[str]) -> int:
     gateway = os.getppid()
     # These come from a terminal or a service manager, to everybody at once: the gateway decides, by standard input.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -72,8 +82,8 @@ def _wait(child: subprocess.Popen[bytes], wakeup: int, grace: float, gateway: in
         ready = select.select(watched, [], [], left)[0]
         if wakeup in ready:
             os.read(wakeup, 4096)
-        # A process that the gateway has forked may hold the pipe open for longer than the gateway lives.
-        if deadline is None and ((0 in ready and not os.read(0, 4096)) or os.getppid() != gateway):
+        # A process that the gateway has forked may hold the pipe open for longer than the gateway lives, or wants it open.
+        if deadline is None and (0 in ready or os.getppid() != gateway):
             deadline = time.monotonic() + grace
             _signal(child.pid, signal.SIGTERM)
         if deadline is not None and time.monotonic() >= deadline:
@@ -84,10 +94,9 @@ def _wait(child: subprocess.Popen[bytes], wakeup: int, grace: float, gateway: in
 
 def _reap_strays(child: int) -> None:
     """Collect what has ended of the orphans that became this process's children; not the command itself."""
-    for pid in _children():
-        if pid != child:
-            with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != child:
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _end_the_rest(group: int, deadline: float) -> None:
@@ -95,7 +104,7 @@ def _end_the_rest(group: int, deadline: float) -> None:
         if time.monotonic() >= deadline:
             _signal(group, signal.SIGKILL)
             for pid in _children():  # those that have left the group
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -112,6 +121,8 @@ def _signal(group: int, number: int) -> bool:
         os.killpg(group, number)
     except ProcessLookupError:
         return False
+    except PermissionError:  # it runs as another user by now: the gateway will say that it cannot be ended
+        return True
     return True
 
 

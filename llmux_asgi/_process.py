@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeAlias
 
 import anyio
 import anyio.to_thread
@@ -32,6 +33,8 @@ output = logging.getLogger("llmux_asgi.vllm")
 logger = logging.getLogger(__name__)
 
 _GATEWAY_MARK, _PROCESS_MARK = "LLMUX_ASGI_GATEWAY", "LLMUX_ASGI_PROCESS"
+_TOKEN = uuid.uuid4().hex
+"""Tells this program from one that the same process ran before it."""
 _GUARDIAN = Path(__file__).with_name("_guardian.py")
 _LAST_LINES = 30
 _LONGEST_LINE = 16384
@@ -67,7 +70,7 @@ class ServerProcess:
         """Start the command, in a process group of its own; returns at once. Raises `BackendStartError`."""
         self._mark = uuid.uuid4().hex
         self._lines = deque(maxlen=_LAST_LINES)
-        marks = {_GATEWAY_MARK: _identity(os.getpid()), _PROCESS_MARK: self._mark}
+        marks = {_GATEWAY_MARK: f"{_identity(os.getpid())}/{_TOKEN}", _PROCESS_MARK: self._mark}
         try:
             self._guardian = subprocess.Popen(  # noqa: S603 (our own program)
                 [sys.executable, "-I", "-S", str(_GUARDIAN), str(self._grace), *self._command],
@@ -92,7 +95,7 @@ class ServerProcess:
 
     async def kill(self) -> None:
         """As `stop`, without a grace period."""
-        for pid in _marked(self._is_mine):
+        for pid in await _scan(self._is_mine):
             if self._guardian is None or pid != self._guardian.pid:
                 _kill(pid)
         await self._end(0)
@@ -101,28 +104,23 @@ class ServerProcess:
         guardian = self._guardian
         if guardian is None:
             return
-        if guardian.stdin is not None:
-            guardian.stdin.close()
+        if guardian.stdin is not None and not guardian.stdin.closed:
+            with suppress(OSError):  # it has ended already
+                guardian.stdin.write(b"end")  # closing alone tells it nothing while a fork of the gateway holds the pipe
+                guardian.stdin.flush()
+            with suppress(OSError):
+                guardian.stdin.close()
         deadline = time.monotonic() + grace + _MARGIN
         if not await _until(lambda: guardian.poll() is not None, deadline):
             guardian.kill()
             guardian.wait()
-        # A guardian that was killed has left the rest of it behind.
-        if guardian.returncode < 0:
-            await self._kill_marked()
+        if guardian.returncode < 0:  # it was killed, and has left the rest of it behind
+            rest = await _end_all(lambda pid, environ: self._is_mine(pid, environ) or _session(pid) == guardian.pid, 0)
+            if rest:
+                raise BackendError(f"the processes {rest} of the model {self.model!r} cannot be killed")
         if self._guardian is guardian:  # two may have waited for its end
             self._guardian = None
             logger.info("the process of the model %r is gone (%s)", self.model, _describe(guardian.returncode))
-
-    async def _kill_marked(self) -> None:
-        def gone() -> bool:
-            rest = _marked(self._is_mine)
-            for pid in rest:
-                _kill(pid)
-            return not rest
-
-        if not await _until(gone, time.monotonic() + _MARGIN):
-            raise BackendError(f"the processes {_marked(self._is_mine)} of the model {self.model!r} cannot be killed")
 
     def how_it_ended(self) -> str:
         """Its exit status and the last lines that it wrote, for an error message."""
@@ -134,7 +132,7 @@ class ServerProcess:
         """Let the reader catch up with what an ended process has written."""
         await _until(lambda: self._guardian is None or getattr(self._guardian.stdout, "closed", True), time.monotonic() + 1.0)
 
-    def _is_mine(self, environ: Mapping[str, str]) -> bool:
+    def _is_mine(self, pid: int, environ: Mapping[str, str]) -> bool:
         return environ.get(_PROCESS_MARK) == self._mark
 
     def _read(self, guardian: subprocess.Popen[bytes]) -> None:
@@ -156,27 +154,24 @@ async def clear_leftovers(patience: float) -> None:
     Normally their guardians are at it, or have done it long since. Raises `BackendError` if something cannot be killed.
     """
 
-    def is_left_over(environ: Mapping[str, str]) -> bool:
-        pid, _, rest = environ.get(_GATEWAY_MARK, "").partition(":")
+    def is_left_over(pid: int, environ: Mapping[str, str]) -> bool:
+        mark = environ.get(_GATEWAY_MARK, "")
+        gateway, _, token = mark.rpartition("/")
+        number, _, rest = gateway.partition("/")
         # In another container the same number is another process, and whether its gateway lives cannot be told from here.
-        return pid.isdecimal() and rest.partition(":")[2] == _namespace() and _identity(int(pid)) != f"{pid}:{rest}"
+        if not number.isdecimal() or rest.rpartition("/")[2] != _namespace():
+            return False
+        # This very process may have been another gateway, before it replaced its program (os.execv).
+        return _identity(int(number)) != gateway or (int(number) == os.getpid() and token != _TOKEN)
 
-    def gone() -> bool:
-        rest = _marked(is_left_over)
-        if rest and time.monotonic() >= deadline:
-            logger.warning("killing processes that an earlier gateway has left over: %s", rest)
-            for pid in rest:
-                _kill(pid)
-        return not rest
-
-    deadline = time.monotonic() + patience
-    if not await _until(gone, deadline + _MARGIN):
-        raise BackendError(f"processes that an earlier gateway has left over cannot be killed: {_marked(is_left_over)}")
+    rest = await _end_all(is_left_over, patience)
+    if rest:
+        raise BackendError(f"processes that an earlier gateway has left over cannot be killed: {rest}")
 
 
 def processes_of(gateway: int) -> list[int]:
     """The living processes that the gateway with this process id has started, their guardians included."""
-    return _marked(lambda environ: environ.get(_GATEWAY_MARK, "").partition(":")[0] == str(gateway))
+    return _living(lambda pid, environ: environ.get(_GATEWAY_MARK, "").partition("/")[0] == str(gateway))
 
 
 async def _until(condition: Callable[[], bool], deadline: float) -> bool:
@@ -194,40 +189,76 @@ def _kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _marked(wanted: Callable[[Mapping[str, str]], bool]) -> list[int]:
-    """The living processes whose environment has marks of this library and is wanted."""
+_Wanted: TypeAlias = Callable[[int, Mapping[str, str]], bool]
+"""Says by its number and its marks whether a process is wanted."""
+
+
+async def _end_all(wanted: _Wanted, patience: float) -> list[int]:
+    """Wait until the wanted processes are gone; after `patience` seconds kill them. Returns those that are left even then."""
+    deadline = time.monotonic() + patience
+    # A process that is ending has no environment any more, while it still gives its memory back.
+    seen: dict[int, str] = {}
+    pause = _POLL_FIRST
+    while True:
+        seen |= {pid: _identity(pid) for pid in await _scan(wanted)}
+        rest = [pid for pid, identity in seen.items() if not _is_dead(pid) and _identity(pid) == identity]
+        if not rest or time.monotonic() >= deadline + _MARGIN:
+            return rest
+        if time.monotonic() >= deadline:
+            logger.warning("killing processes that are left over: %s", rest)
+            for pid in rest:
+                _kill(pid)
+        await anyio.sleep(pause)
+        pause = min(2 * pause, _POLL_LONGEST)
+
+
+async def _scan(wanted: _Wanted) -> list[int]:
+    # In a thread: it takes 20 microseconds a process, and machines have thousands.
+    return await anyio.to_thread.run_sync(_living, wanted)
+
+
+def _living(wanted: _Wanted) -> list[int]:
+    """The living processes that are wanted."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             raw = (entry / "environ").read_bytes()
         except OSError:
-            continue  # it has ended, or is somebody else's
-        if _GATEWAY_MARK.encode() in raw and not _is_dead(int(entry.name)):
-            pairs = (pair.partition("=") for pair in raw.decode(errors="replace").split("\0"))
-            environ = {name: value for name, _, value in pairs if name in (_GATEWAY_MARK, _PROCESS_MARK)}
-            if wanted(environ):
-                found.append(int(entry.name))
+            raw = b""  # it has ended, or is somebody else's
+        pairs = (pair.partition("=") for pair in raw.decode(errors="replace").split("\0")) if b"LLMUX_ASGI_" in raw else ()
+        environ = {name: value for name, _, value in pairs if name in (_GATEWAY_MARK, _PROCESS_MARK)}
+        if wanted(int(entry.name), environ) and not _is_dead(int(entry.name)):
+            found.append(int(entry.name))
     return found
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of `/proc/PID/stat` from the state on; empty if there is no such process."""
+def _session(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[3]) if fields else 0
+
+
+def _stat(pid: int, task: str | None = None) -> list[str]:
+    """The fields of `/proc/PID/stat` from the state on, or those of one thread; empty if there is no such process."""
+    path = f"/proc/{pid}/stat" if task is None else f"/proc/{pid}/task/{task}/stat"
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return Path(path).read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 
 
 def _is_dead(pid: int) -> bool:
-    fields = _stat(pid)
-    return not fields or fields[0] in ("Z", "X")
+    """Whether all its threads have ended: the first one may be a zombie while others still hold what it had open."""
+    try:
+        tasks = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return True
+    return all(not (fields := _stat(pid, task)) or fields[0] in ("Z", "X") for task in tasks)
 
 
 def _identity(pid: int) -> str:
-    """`PID:START:NAMESPACE`: tells a process from a later one that has got the same number, and from those of containers."""
+    """`PID/START/NAMESPACE`: tells a process from a later one that has got the same number, and from those of containers."""
     fields = _stat(pid)
-    start = fields[19] if fields and fields[0] not in ("Z", "X") else ""
-    return f"{pid}:{start}:{_namespace()}"
+    return f"{pid}/{fields[19] if fields else ''}/{_namespace()}"
 
 
 def _namespace() -> str:

@@ -11,7 +11,7 @@ import anyio
 
 from ._memory import MemoryCheck
 from .backends import Backend, BackendState, StoppableBackend
-from .exceptions import BackendError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
+from .exceptions import BackendError, BackendStartError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 
 __all__ = ["Servers"]
 
@@ -40,6 +40,8 @@ class Servers:
         self._measured = False
         """Whether the memory was measured before the last wake."""
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
+        self.closing = False
+        """Nothing is woken while this is set: it would be ended right after it."""
         self._vanished: set[str] = set()
         """Servers that may have been in memory when nothing listened there any more: one that ends in order frees it last."""
 
@@ -224,6 +226,8 @@ class Servers:
 
     async def wake(self, model: str) -> None:
         """Wake `model`, unless it is awake already. It counts as half-woken until `ready` has returned."""
+        if self.closing:
+            raise BackendStartError(f"the model {model!r} is not woken any more: the gateway is shutting down")
         if self.says_awake(model) and self.is_sound(model) and await self.look(model) is BackendState.AWAKE:
             self._measured = False
             return

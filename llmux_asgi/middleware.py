@@ -86,6 +86,7 @@ class _Responder:
         self._span = span
         self._body: bytes | None = None
         self._replayed = False
+        self._waited = 0.0
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
@@ -135,7 +136,8 @@ class _Responder:
             return
         self._lease = lease
         try:
-            self._span.set_attribute(names.QUEUE_TIME, lease.waited)
+            self._waited += lease.waited
+            self._span.set_attribute(names.QUEUE_TIME, self._waited)
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
@@ -152,7 +154,9 @@ class _Responder:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch_client, tasks.cancel_scope)
                 try:
-                    lease = await self._switcher.acquire(model)
+                    # What it has waited for the first time counts, if it is sent once more.
+                    limit = self._switcher.request_timeout(model)
+                    lease = await self._switcher.acquire(model, timeout=limit and max(0.0, limit - self._waited))
                 except LLMuxError as exc:
                     error = exc
                 tasks.cancel_scope.cancel()

@@ -102,7 +102,8 @@ class ModelSwitcher:
             self._estimates,
             self._save_estimates,
         )
-        self._closing = False
+        self._closers = 0
+        """How many calls of `aclose` are under way."""
 
     @classmethod
     def from_config(
@@ -168,7 +169,7 @@ class ModelSwitcher:
     def try_acquire(self, model: str) -> Lease | None:
         """Return a lease if `model` (a name or an alias) is active now, else `None`. Takes no lock and does not wait."""
         name = self.resolve(model)
-        if name is None or self._closing or not self._state.try_admit(name):
+        if name is None or self._closers or not self._state.try_admit(name):
             return None
         return Lease(self, self._room.activation, name)
 
@@ -183,11 +184,11 @@ class ModelSwitcher:
             raise UnknownModelError(model)
         if lease := self.try_acquire(name):
             return lease
-        if self._closing:
+        if self._closers:
             raise SwitchError(name, CLOSING)
         self._refuse_while_backing_off(name)
         if timeout is None:
-            timeout = self._request_timeouts.get(name, self._policy.request_timeout)
+            timeout = self.request_timeout(name)
         waiter = Waiter(name, self._clock())
         self._state.enqueue(waiter)
         self._driver.wake()
@@ -205,6 +206,10 @@ class ModelSwitcher:
         reason = self._state.describe()
         self._room.withdraw(waiter)
         raise QueueTimeoutError(name, waited, reason, retry_after=max(1.0, self._policy.min_active_duration))
+
+    def request_timeout(self, model: str) -> float | None:
+        """The longest wait of a request for `model` in seconds, `None`: no limit."""
+        return self._request_timeouts.get(model, self._policy.request_timeout)
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
@@ -266,17 +271,24 @@ class ModelSwitcher:
         A step that is on the wire is waited for. Processes of the gateway are ended, connections closed. The switcher may be
         used again afterwards: it then starts by asking the servers for their state.
         """
-        self._closing = True
+        self._closers += 1
+        self._servers.closing = True
         try:
             self._room.refuse_all(CLOSING)
-            with anyio.move_on_after(drain):
-                while any(self._state.in_flight(model) for model in self.models):
-                    self._room.released = anyio.Event()
-                    await self._room.released.wait()
-            if self._room.activation.leases:
-                self._room.activation.interrupted = True
-            # Before a step on the wire is waited for: to start a server takes minutes, and it would be ended right after it.
-            await self._servers.end_processes()
+            try:
+                with anyio.move_on_after(drain):
+                    while any(self._state.in_flight(model) for model in self.models):
+                        if self._room.released.is_set():  # another call may wait for the present one
+                            self._room.released = anyio.Event()
+                        await self._room.released.wait()
+                if self._room.activation.leases:
+                    self._room.activation.interrupted = True
+            finally:
+                # Also if the host cancels this. And before a step on the wire is waited for: to start a server takes minutes,
+                # and it would be ended right after it.
+                with anyio.CancelScope(shield=True):
+                    await self._servers.end_processes()
+                self._state.distrust()
             if self._driver.driving:
                 await self._driver.stopped.wait()
             async with self._driver.exclusively():
@@ -285,8 +297,10 @@ class ModelSwitcher:
             if self._estimates_file is not None:
                 await self._estimates_file.wait(1.0)
         finally:
-            self._closing = False
-        self._driver.forget_the_loop()
+            self._closers -= 1
+            self._servers.closing = self._closers > 0
+        if not self._closers:
+            self._driver.forget_the_loop()
 
     async def _in_its_own_task(self, function: Callable[[], Awaitable[None]]) -> None:
         done = anyio.Event()

@@ -88,6 +88,17 @@ async def test_nothing_outlives_a_guardian_that_is_killed() -> None:
         eventually("the guardian is gone", lambda: not process.running)
 
 
+async def test_a_fork_of_the_gateway_that_holds_the_pipe_open_delays_nothing() -> None:
+    async with running(SAY + SLEEP, grace=600) as process:
+        guard = process._guardian
+        assert guard is not None
+        assert guard.stdin is not None
+        held = os.dup(guard.stdin.fileno())
+        await process.stop()
+        os.close(held)
+        assert guard.returncode == 128 + signal.SIGTERM
+
+
 async def test_signals_to_the_guardian_are_not_its_business() -> None:
     async with running(SAY + SLEEP) as process:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -175,7 +186,8 @@ def marked(gateway: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that says to be of this gateway; `{gone}` stands for a process that has ended."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    mark = gateway.format(gone=gone.pid, me=os.getpid(), namespace=Path("/proc/self/ns/pid").readlink())
+    start = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+    mark = gateway.format(gone=gone.pid, me=os.getpid(), start=start, namespace=Path("/proc/self/ns/pid").readlink())
     with subprocess.Popen(["sleep", "600"], env={**os.environ, "LLMUX_ASGI_GATEWAY": mark}) as process:
         yield process
         process.kill()
@@ -184,9 +196,10 @@ def marked(gateway: str) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize(
     ("gateway", "is_left"),
     [
-        ("{gone}:1:{namespace}", True),
-        ("{me}:1:{namespace}", True),  # an earlier process that had this one's number
-        ("{gone}:1:pid:[1]", False),  # of another container
+        ("{gone}/1/{namespace}/x", True),
+        ("{me}/1/{namespace}/x", True),  # an earlier process that had this one's number
+        ("{gone}/1/pid:[1]/x", False),  # of another container
+        ("{me}/{start}/{namespace}/x", True),  # of the program that this process ran before it ran this one
         ("nonsense", False),
         ("", False),
     ],

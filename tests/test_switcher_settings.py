@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -156,3 +158,19 @@ async def test_after_closing_the_servers_are_asked_anew() -> None:
         pool.gpu.awake = {"b"}
         (await run.served("b")).finish.set()
     assert pool.gpu.events == []
+
+
+async def test_it_is_open_again_when_the_last_of_several_closings_is_over() -> None:
+    pool = Pool(awake="a")
+    with anyio.fail_after(5):
+        lease = await pool.switcher.acquire("a")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(pool.switcher.aclose, drain=5))
+            await anyio.wait_all_tasks_blocked()
+            await pool.switcher.aclose()
+            with pytest.raises(SwitchError, match="shutting down"):
+                await pool.switcher.acquire("a")
+            lease.release()
+        (await pool.switcher.acquire("a")).release()
+        await pool.switcher.aclose()
+    pool.check()

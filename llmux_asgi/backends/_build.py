@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import assert_never
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -22,10 +23,17 @@ __all__ = ["build_backend", "with_ports"]
 
 def with_ports(config: Config) -> Config:
     """Return `config` with a free port of 127.0.0.1 for each command that has no URL. It keeps that for good."""
-    models = {
-        name: model if model.url else msgspec.structs.replace(model, url=f"http://127.0.0.1:{free_port()}")
-        for name, model in config.models.items()
-    }
+    taken = {urlsplit(model.url).port for model in config.models.values() if model.url}
+
+    def with_port(model: ModelConfig) -> ModelConfig:
+        if model.url:
+            return model
+        while (port := free_port()) in taken:
+            pass
+        taken.add(port)
+        return msgspec.structs.replace(model, url=f"http://127.0.0.1:{port}")
+
+    models = {name: with_port(model) for name, model in config.models.items()}
     return msgspec.structs.replace(config, models=models)
 
 

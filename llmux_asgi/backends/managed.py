@@ -60,6 +60,8 @@ class ManagedBackend:
             grace=self._timeouts.stop,
         )
         self._leftovers_cleared = False
+        self._stops = 0
+        """How often it was told to stop: a start that is under way must not come after it."""
 
     def __str__(self) -> str:
         return str(self._server)
@@ -116,6 +118,7 @@ class ManagedBackend:
 
     async def stop(self) -> None:
         """End the process and all that it has started, by SIGTERM and after `timeouts.stop` by SIGKILL."""
+        self._stops += 1
         await self._process.stop()
         await self._server.aclose()
 
@@ -124,11 +127,16 @@ class ManagedBackend:
         await self.stop()
 
     async def _start(self) -> None:
+        stops = self._stops
         await self._process.stop()  # what is left of the one before
         if await self._somebody_listens():
             raise BackendStartError(
                 f"{self}: the process of the model {self._process.model!r} is not started, because another one listens there "
                 "already. End that, or choose another port."
+            )
+        if self._stops != stops:
+            raise BackendStartError(
+                f"{self}: the process of the model {self._process.model!r} was stopped before it was started"
             )
         self._process.start()
         try:

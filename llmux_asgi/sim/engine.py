@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 
@@ -43,6 +44,9 @@ class Engine:
         self.behaviour = Behaviour.of(options.version)
         self.count: Counter[str] = Counter()
         self.dead = False
+        self.withered = False
+        self.stop_listening: Callable[[], None] = lambda: None
+        """Closes the server's sockets; set by who serves."""
         self._loop = asyncio.get_running_loop()
         self._ledger = ledger
         self._control = asyncio.Lock()  # a real engine core handles one control call at a time
@@ -337,6 +341,19 @@ class Engine:
         self.record("crash", reason)
         self._abort_all("error")
         self._loop.call_later(self.options.crash_seconds, os._exit, 1)
+
+    def wither(self) -> None:
+        """The engine dies over a control call, as vLLM's does: it is never answered, soon nothing listens, the process stays.
+
+        Every control call from now on hangs, `/health` still says 200 while there is somebody to say it, SIGTERM does nothing.
+        """
+        if self.dead:
+            return
+        self.dead = self.withered = True
+        self.record("crash", "over a control call")
+        self._abort_all("error")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._loop.call_later(self.options.crash_seconds, self.stop_listening)
 
     def close(self) -> None:
         """Give all memory back: the process ends in order."""

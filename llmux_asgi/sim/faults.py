@@ -8,6 +8,8 @@ counted from 1 since the fault was added (at start or by `POST /sim/faults`), or
     delay=S      takes S seconds longer; sleep and wake in their turn, as an engine carries out one after the other
     die          the process ends at once, without a word
     crash        the engine dies: /health says 503, soon the process ends
+    wither       (sleep, wake, is_sleeping) the engine dies over the call, which is never answered; soon nothing listens
+                 any more, but the process does not end, nor does SIGTERM end it
     lie          (sleep, wake) answers 200 and does nothing
     leak         (sleep) sleeps, but its memory stays taken
     oom          (wake) runs out of memory after the weights: 500, left half-woken
@@ -24,8 +26,9 @@ __all__ = ["Fault", "FaultPlan"]
 KINDS = ("sleep", "wake", "reload", "is_sleeping", "health", "request")
 _EVERYWHERE = frozenset({"fail", "hang", "delay", "die", "crash"})
 _ACTIONS = {
-    "sleep": _EVERYWHERE | {"lie", "leak"},
-    "wake": _EVERYWHERE | {"lie", "oom"},
+    "sleep": _EVERYWHERE | {"lie", "leak", "wither"},
+    "wake": _EVERYWHERE | {"lie", "oom", "wither"},
+    "is_sleeping": _EVERYWHERE | {"wither"},
     "request": _EVERYWHERE | {"break", "stall"},
 }
 _DEFAULT_VALUE = {"fail": 500.0, "delay": 1.0, "break": 3.0, "stall": 3.0}

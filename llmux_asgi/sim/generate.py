@@ -91,6 +91,11 @@ async def strike(engine: Engine, faults: FaultPlan, kind: str, receive: Receive)
     Raises `HttpError` for `fail`; after `hang` the client is gone and `HttpError` 499 says so.
     """
     fault = faults.next(kind)
+    if fault is not None and fault.action == "wither":
+        engine.wither()
+    if engine.withered and kind != "health":
+        await wait_until_gone(receive)
+        raise HttpError(499, "client disconnected")
     if fault is None:
         return None
     if fault.action == "die":

@@ -212,7 +212,7 @@ class SimVLLM:
 
     async def _health(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
         await strike(self.engine, self._faults, "health", receive)
-        await send_body(send, 503 if self.engine.dead else 200, b"", b"")
+        await send_body(send, 503 if self.engine.dead and not self.engine.withered else 200, b"", b"")
 
     async def _version(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
         await send_json(send, {"version": self._options.version})
@@ -303,8 +303,13 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._engine.stop_listening = self._stop_listening
         sys.stdout.write(self._ready + "\n")
         sys.stdout.flush()
+
+    def _stop_listening(self) -> None:
+        for server in self.servers:
+            server.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)

@@ -92,6 +92,32 @@ def engine_dies_slowly(stage: Stage) -> None:
 
 
 @fault(
+    "The engine dies over the `/sleep` call: vLLM never answers it, soon nothing listens, the process stays; managed",
+    "200, as soon as nothing listens any more",
+    "WARNING 'does not fall asleep any more'",
+    "what is left of it is killed; its next request starts it again",
+    MANAGED,
+)
+def engine_dies_over_its_sleep(stage: Stage) -> None:
+    stage.faults("a", "sleep:1:wither")
+    assert stage.ask("b") == Answer(200, expected("b"))
+    assert stage.logged("the model 'a' does not fall asleep any more")
+    assert stage.statistics().servers["a"] in ("asleep", "stopped")
+
+
+@fault(
+    "The engine dies over the `/wake_up` call, as above; managed",
+    "200, after a restart",
+    "WARNING 'ending the process'",
+    "a new process serves the model",
+    MANAGED,
+)
+def engine_dies_over_its_wake(stage: Stage) -> None:
+    stage.faults("b", "wake:1:wither")
+    assert stage.ask("b") == Answer(200, expected("b"))
+
+
+@fault(
     "The process is killed while it streams",
     "an error event in the stream",
     "WARNING 'broke off'; the request's span is an error",

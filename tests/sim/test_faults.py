@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+import socket
+import subprocess
 from pathlib import Path
 
 import httpx
@@ -104,6 +109,25 @@ def test_die_ends_the_process_at_once(fault: str) -> None:
         with pytest.raises(httpx.TransportError):
             vllm.post(path, vllm.payload(3))
         assert sim.wait() == 1
+
+
+def test_an_engine_that_withers_over_a_call_never_answers_and_its_process_stays() -> None:
+    with start_sim("a", tokens_per_second=100, crash_seconds=0.1) as sim:
+        sim.add_faults("sleep:1:wither")
+        with httpx.Client(base_url=sim.url) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/sleep", timeout=0.05)
+            host, port = sim.url.removeprefix("http://").split(":")
+
+            def refuses() -> bool:
+                with socket.socket() as probe:
+                    return probe.connect_ex((host, int(port))) == errno.ECONNREFUSED
+
+            eventually("nothing listens", refuses)
+        os.kill(sim.pid, signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            sim.wait(0.3)
+        sim.kill()
 
 
 def test_a_crashed_engine_is_unhealthy_and_then_gone() -> None:
