@@ -45,7 +45,8 @@ def build(llm: LLMuxApp) -> Starlette:
     async def statistics(request: Request) -> Response:
         seen = llm.switcher.statistics()
         answer = {field: getattr(seen, field) for field in seen.__slots__}
-        answer |= {"in_flight": dict(seen.in_flight), "waiting": dict(seen.waiting), "servers": dict(seen.servers), "costs": dict(seen.costs)}
+        for name in ("in_flight", "waiting", "servers", "costs"):
+            answer[name] = dict(answer[name])
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     return Starlette(routes=[Route("/statistics", statistics), Mount("/llm", llm)], lifespan=llm.lifespan)
