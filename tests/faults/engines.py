@@ -196,7 +196,7 @@ def killed_asleep(stage: Stage) -> None:
     "200, after `timeouts.sleep` twice",
     "WARNING 'ending the process'",
     "the process is killed",
-    Setting(managed="ab", config={"*": {"timeouts": {"sleep": 0.2, "probe": 0.2, "stop": 0.2}}}),
+    Setting(managed="ab", config={"*": {"timeouts": {"sleep": 0.5, "probe": 0.5, "stop": 0.2}}}),
 )
 def frozen_outgoing(stage: Stage) -> None:
     stage.kill("a", signal.SIGSTOP)
@@ -209,7 +209,7 @@ def frozen_outgoing(stage: Stage) -> None:
     "504 or 502 to its own requests; then 200",
     "WARNING",
     "as soon as nothing is in flight it is ended and started again",
-    Setting(managed="ab", config={"*": {"timeouts": {"probe": 0.2, "stop": 0.2, "read": 0.3}}}),
+    Setting(managed="ab", config={"*": {"timeouts": {"probe": 0.5, "stop": 0.2, "read": 0.6}}}),
 )
 def frozen_active(stage: Stage) -> None:
     stage.kill("a", signal.SIGSTOP)
@@ -223,7 +223,7 @@ def frozen_active(stage: Stage) -> None:
     "200: its confirmed sleep counts",
     "WARNING 'is taken to be asleep still'",
     "as after any switch",
-    Setting(models="abc", config={"*": {"timeouts": {"probe": 0.2}}}),
+    Setting(models="abc", config={"*": {"timeouts": {"probe": 0.6}}}),
 )
 def frozen_sleeper(stage: Stage) -> None:
     stage.kill("c", signal.SIGSTOP)

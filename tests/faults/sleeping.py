@@ -66,13 +66,13 @@ def sleep_fails_managed(stage: Stage) -> None:
     "503 after `timeouts.sleep`, twice that at most",
     "ERROR 'took longer than'; the switch is `failed`",
     "read back: the model is awake, may still fall asleep, and is put to sleep before anything is served",
-    Setting(config={"*": {"timeouts": {"sleep": 0.2}}}),
+    Setting(config={"*": {"timeouts": {"sleep": 0.6}}}),
 )
 def sleep_hangs(stage: Stage) -> None:
     stage.faults("a", "sleep:1:hang", "sleep:2:hang")
     answer = stage.ask("b")
     assert answer.status == 503
-    assert "took longer than 0.2 s" in answer.error
+    assert "took longer than 0.6 s" in answer.error
     stage.until_outcomes("failed")
 
 
@@ -81,7 +81,7 @@ def sleep_hangs(stage: Stage) -> None:
     "200, after twice `timeouts.sleep`",
     "WARNING 'ending the process'",
     "the process is ended",
-    Setting(managed="ab", config={"*": {"timeouts": {"sleep": 0.2}}}),
+    Setting(managed="ab", config={"*": {"timeouts": {"sleep": 0.6}}}),
 )
 def sleep_hangs_managed(stage: Stage) -> None:
     stage.faults("a", "sleep:*:hang")
@@ -151,10 +151,10 @@ def sleep_dies(stage: Stage) -> None:
     "503, or 200 if the server says in time that it sleeps after all",
     "WARNING",
     "the late sleep cannot hit a later wake: the model is put to sleep for certain first",
-    Setting(config={"*": {"timeouts": {"sleep": 0.1, "probe": 0.1}}}),
+    Setting(config={"*": {"timeouts": {"sleep": 0.3, "probe": 0.3}}}),
 )
 def sleep_comes_late(stage: Stage) -> None:
-    stage.faults("a", "sleep:1:delay=0.5")
+    stage.faults("a", "sleep:1:delay=1.5")
     assert stage.ask("b").status in (200, 503)
     answers = [stage.ask("a") for _ in range(20)]
     assert {answer.status for answer in answers} <= {200, 503}
@@ -215,7 +215,7 @@ def sleep_by_hand(stage: Stage) -> None:
     "504 to who waits, after `request_timeout`; the endless answer goes on",
     "WARNING 'did not become active within'; the switch is `abandoned`",
     "nothing has changed",
-    Setting(policy={"request_timeout": 0.3}),
+    Setting(policy={"request_timeout": 1}),
 )
 def drain_never_ends(stage: Stage) -> None:
     with stage.stream("a") as stream:
