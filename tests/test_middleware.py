@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from llmux_asgi import BackendError, Lease, LLMuxMiddleware, QueueTimeoutError
+from llmux_asgi import BackendError, Lease, LLMuxMiddleware, QueueTimeoutError, UpstreamError
 from llmux_asgi.middleware import route_path
 from tests.support.pool import LIMIT, Pool
 
@@ -387,3 +387,35 @@ async def test_a_failed_switch_is_answered_in_openais_shape(pool: Pool) -> None:
 )
 async def test_the_path_below_the_mount_is_found(path: str, root: str, route: str) -> None:
     assert route_path({"path": path, "root_path": root}) == route
+
+
+async def test_a_request_that_is_sent_once_more_does_not_wait_for_longer_than_one_that_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = Pool(awake="a", request_timeouts={"a": 10.0})
+    acquire, limits, bodies = pool.switcher.acquire, [], []
+
+    async def slow_acquire(model: str, *, timeout: float | None = None) -> Lease:
+        limits.append(timeout)
+        lease = await acquire(model, timeout=timeout)
+        lease.waited = 4.0
+        return lease
+
+    async def break_down_once(scope: Scope, receive: Receive, send: Send) -> None:
+        bodies.append((await receive())["body"])
+        if len(bodies) == 1:
+            pool.switcher.distrust()  # as the relay does: so it has to wait again
+            raise UpstreamError("a", "broke off.", may_retry=True)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"yes"})
+
+    monkeypatch.setattr(pool.switcher, "acquire", slow_acquire)
+    connection = Connection(b'{"model": "a"}')
+    middleware = LLMuxMiddleware(break_down_once, pool.switcher)
+    with anyio.fail_after(LIMIT):
+        await middleware(connection.scope, connection.receive, connection.send)
+        await pool.switcher.aclose()
+    assert (connection.status, connection.body) == (200, b"yes")
+    assert bodies == [b'{"model": "a"}'] * 2
+    assert limits == [10.0, 6.0]
+    pool.check()
