@@ -208,6 +208,28 @@ async def test_a_process_that_twice_does_not_wake_is_ended_and_started_again() -
     assert pool.switcher.statistics().failures == 0
 
 
+async def test_who_has_awoken_while_a_process_was_ended_is_put_to_sleep_before_it_is_started_again() -> None:
+    pool = Pool(stoppable="b")
+    pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=2)
+    gate = pool.backends["b"].gate("stop")
+    async with running(pool) as run:
+        request = run.send("b")
+        await gate.entered.wait()
+        pool.gpu.awake.add("c")  # by hand
+        gate.open.set()
+        await request.granted.wait()
+        request.finish.set()
+    assert pool.gpu.events[-6:] == ["stop b", "stopped b", "sleep c", "asleep c", "wake b", "awake b"]
+
+
+async def test_nothing_is_woken_by_a_switcher_that_is_being_closed() -> None:
+    pool = Pool()
+    pool.switcher._servers.closing = True
+    with pytest.raises(BackendStartError, match="shutting down"):
+        await pool.switcher._servers.wake("a")
+    assert pool.gpu.events == []
+
+
 async def test_a_process_that_does_not_wake_after_it_was_started_again_fails_the_switch() -> None:
     pool = Pool(stoppable="b")
     pool.backends["b"].fail("wake", BackendError("fake://b: out of memory"), times=3)
