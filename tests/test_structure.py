@@ -44,7 +44,7 @@ LAYERS = [
     ["middleware"],
     ["app"],
     [""],
-    ["sim", "cli"],
+    ["sim", "simulate", "cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
 PURE = ["exceptions", "config", *POLICIES, "_estimates", "_state", "_openai", "_backoff"]
@@ -56,7 +56,7 @@ def module_of(path: Path) -> str:
 
 def layer_of(module: str) -> int:
     for level, names in enumerate(LAYERS):
-        if module in names or (module.partition(".")[0] in names and module.partition(".")[0] == "sim"):
+        if module in names or (module.partition(".")[0] in names and module.partition(".")[0] in ("sim", "simulate")):
             return level
     raise AssertionError(f"{module} belongs to no layer: give it a place in LAYERS")
 
