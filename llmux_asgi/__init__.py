@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .backends import (
         Backend,
         BackendState,
+        FreezingBackend,
         HooksBackend,
         LlamaCppBackend,
         ManagedBackend,
@@ -83,6 +84,7 @@ __all__ = [
     "CostsConfig",
     "Defer",
     "FifoPolicy",
+    "FreezingBackend",
     "GatedQuantumPolicy",
     "HooksBackend",
     "HooksConfig",

@@ -134,7 +134,7 @@ class Decider:
         return _Situation(
             now,
             MappingProxyType({model: state.depth(model) for model in waiting}),
-            MappingProxyType({model: now - state.oldest(model).since for model in waiting}),
+            MappingProxyType({model: now - state.waiting_since(model) for model in waiting}),
             MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
             *self._costs(),
         )

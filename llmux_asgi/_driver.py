@@ -12,12 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import anyio
+from opentelemetry import trace
+from opentelemetry.context import Context
 
 from . import telemetry as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._estimates import Estimates
-from ._lease import Activation, Waiter
+from ._lease import Activation, Lease, Waiter
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
@@ -35,6 +37,8 @@ __all__ = ["CLOSING", "Driver"]
 logger = logging.getLogger("llmux_asgi.switcher")  # whose part this is
 
 CLOSING = "the gateway is shutting down"
+_ASK_AGAIN = 1.0
+"""Seconds until the servers are asked again if no clear answer came and only frozen requests wait."""
 
 
 class Driver:
@@ -65,6 +69,8 @@ class Driver:
         self._decider = Decider(policy, room.state, clock, self._blame_policy, lambda: room.changed.set(), self._steps.costs)
         room.drop_deferral = self._decider.drop
         self._lock: anyio.Lock | None = None
+        self._freeze_limit: float | None = None
+        """For how long the requests of the outgoing model may be frozen in the present switch; `None`: they are not."""
         self.driving = False
         self.stopped = anyio.Event()
         """Set when the task has ended."""
@@ -104,6 +110,9 @@ class Driver:
             if self._state.mode is Mode.UNKNOWN:
                 async with self.exclusively():
                     await self.reconcile()
+                if self._state.mode is Mode.UNKNOWN and self._state.waiting_models():
+                    with anyio.move_on_after(_ASK_AGAIN):
+                        await self._room.changed.wait()
             elif (target := self._decider.choose()) is not None:
                 async with self.exclusively():
                     await self._switch(target)
@@ -134,7 +143,7 @@ class Driver:
                 unclear[previous] = exc
         if previous in unclear:
             # It may be serving. Nothing is done about it, and nobody is served, before it is known.
-            self._room.refuse_all(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
+            self._room.refuse_queues(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
             return
         awake = self._state.by_use(model for model in self._servers.models if self._servers.says_awake(model))
         sound = [model for model in awake if self._servers.is_sound(model)]
@@ -143,20 +152,22 @@ class Driver:
             for model in reversed(awake):
                 if model != keep:
                     logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
-                    await self._servers.sleep(model, self._sleep_level(model))
+                    kept = bool(self._state.frozen(model))
+                    await self._servers.sleep(model, self._sleep_level(model), keep=kept)
         except BackendError as exc:
             reason = f"the model {model!r} must not be awake and could not be put to sleep: {exc}"
             logger.error("%s", reason)
-            self._room.refuse_all(reason)
+            self._room.refuse_queues(reason)
             return
         if keep != previous:
-            self._room.activation.end()  # whatever is left of it: its model is confirmed out of memory
-            self._room.activation = Activation()
+            self._leave(previous)
+            self._room.begin(keep)
         elif self._room.activation.interrupted:
             self._room.activation = Activation(self._room.activation)
         if keep is not None:
             self._backoff.succeeded(keep)
         self._room.grant(self._state.adopt(keep))
+        self._freeze_limit = None
 
     def exclusively(self) -> anyio.Lock:
         """The lock that guards every change of who is awake."""
@@ -170,7 +181,9 @@ class Driver:
         state, origin = self._state, self._state.active
         if state.mode not in (Mode.IDLE, Mode.ACTIVE) or to == origin or not state.depth(to):
             return  # while the lock was awaited, something happened that asks for a new decision
-        waiters = [cast("Waiter", ticket) for ticket in state.waiters(to)]
+        waiters: list[Waiter | Lease] = [cast("Waiter", ticket) for ticket in state.waiters(to)]
+        if to in self._room.frozen:
+            waiters += self._room.frozen[to].leases
         attributes: dict[str, str | int] = {
             names.SWITCH_TO: to,
             names.SWITCH_POLICY: type(self._policy).__name__,
@@ -179,9 +192,12 @@ class Driver:
         }
         if origin is not None:
             attributes |= {names.SWITCH_FROM: origin, names.SWITCH_SLEEP_LEVEL: self._sleep_level(origin)}
+        self._freeze_limit = None
         state.begin(to)
         begun = self._clock()
-        with self._telemetry.switch(waiters[0].context, [waiter.span for waiter in waiters], attributes) as span:
+        parent = waiters[0].context if waiters else Context()
+        links = [waiter.span.get_span_context() for waiter in waiters]
+        with self._telemetry.switch(parent, links, attributes) as span:
             try:
                 with only_own_cancellation():
                     switched = await self._prepare(origin, to) and await self._execute(origin, to)
@@ -193,21 +209,24 @@ class Driver:
             else:
                 outcome = "completed" if switched else "abandoned"
                 self._link_newcomers(span, waiters, to)
+                if switched:
+                    self._room.begin(to)
                 self._room.grant(state.complete(self._clock()) if switched else state.abandon(), span.get_span_context())
                 if switched:
                     text = "switched from %r to %r in %.3f s; %d requests waited for it"
                     logger.info(text, origin, to, self._clock() - begun, state.in_flight(to))
                     self._save_estimates()
+                self._freeze_limit = None
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
             self._telemetry.switch_duration.record(
                 self._clock() - begun,
                 {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to, names.SWITCH_OUTCOME: outcome},
             )
 
-    def _link_newcomers(self, span: Span, linked: list[Waiter], to: str) -> None:
+    def _link_newcomers(self, span: Span, linked: list[Waiter | Lease], to: str) -> None:
         for waiter in set(cast("tuple[Waiter, ...]", self._state.waiters(to))).difference(linked):
-            if waiter.span.is_valid:
-                span.add_link(waiter.span)
+            if (context := waiter.span.get_span_context()).is_valid:
+                span.add_link(context)
 
     async def _prepare(self, origin: str | None, to: str) -> bool:
         """Do what precedes the point of no return. Returns whether it was passed; not if nobody waits for `to` any more."""
@@ -258,8 +277,16 @@ class Driver:
                     await self._room.drained.wait()
             return not self._state.in_flight(origin)
 
+        async def preempt(max_freezes: int, max_frozen: float) -> None:
+            if origin is None:
+                return
+            await self._servers.require_freezing(origin)
+            while any(lease.freezes >= max_freezes for lease in self._room.activation.leases):
+                await self._room.until_release()
+            self._freeze_limit = max_frozen
+
         self._room.drained = anyio.Event()
-        context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait)
+        context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait, preempt)
         with self._telemetry.phase("drain", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
             try:
                 with only_own_cancellation():
@@ -269,22 +296,30 @@ class Driver:
 
     async def _execute(self, origin: str | None, to: str) -> bool:
         """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due."""
+        keep = self._freeze_limit is not None
 
         def interrupt() -> None:
-            if self._state.in_flight(origin):
+            if self._state.in_flight(origin) and not keep:
                 self._room.activation.interrupted = True
 
         await self._servers.settle(to)
-        await self._steps.make_room(to, origin, interrupt)
-        if self._room.activation.interrupted:
-            self._room.activation.end()
+        await self._steps.make_room(to, origin, interrupt, keep=keep)
+        self._leave(origin)
         self._state.wake()
         if not self._state.depth(to):
             return False
         await self._steps.bring_up(to)
         self._backoff.succeeded(to)
-        self._room.activation = Activation()
         return True
+
+    def _leave(self, origin: str | None) -> None:
+        """Freeze what `origin` was serving if its server has kept it, else void it: the model is confirmed out of memory."""
+        if origin is not None and self._freeze_limit is not None and self._servers.says_asleep(origin):
+            if frozen := self._state.in_flight(origin):
+                trace.get_current_span().set_attribute(names.SWITCH_FROZEN, frozen)
+                self._room.freeze(origin, self._freeze_limit)
+        elif self._state.in_flight(origin) or self._room.activation.interrupted:
+            self._room.activation.end()
 
     async def _recover(self, origin: str | None, to: str, exc: Exception, switch: SpanContext) -> None:
         """Tell those who waited, back off, and find out from the servers where things stand."""

@@ -4,51 +4,109 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import anyio
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 
+from . import telemetry as names
 from ._state import Ticket
 from .exceptions import LLMuxError
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import SpanContext
+    from opentelemetry.trace import Span, SpanContext
 
     from .switcher import ModelSwitcher
 
-__all__ = ["Activation", "Lease", "Waiter"]
+__all__ = ["Activation", "Freeze", "Lease", "Waiter"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Exchange:
+    """What holds a lease and wants to be told what becomes of its request."""
+
+    interrupt: Callable[[], None]
+    """The model is asleep: what has not been answered by now never will be."""
+    freeze: Callable[[Freeze], None]
+    """The model is asleep, and the request goes on when it is woken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freeze:
+    """A stretch of time in which the requests of a model are kept by its server and do not go on."""
+
+    since: float
+    """On the switcher's clock."""
+    limit: float
+    """For how many seconds a request may be frozen."""
+    over: anyio.Event = field(default_factory=anyio.Event)
+    """Set when the requests go on, or are given up."""
 
 
 class Activation:
     """One stretch of time in which a model was awake; shared by the leases granted in it.
 
-    `previous` is the one before, if a failed switch has interrupted it and the same model has gone on.
+    A switch that freezes its requests does not end it: it goes on at the model's next turn. `previous` is the one before, if
+    a failed switch has interrupted it and the same model has gone on.
     """
 
-    __slots__ = ("exchanges", "interrupted", "leases", "over", "previous")
+    __slots__ = ("error", "exchanges", "freeze", "interrupted", "leases", "over", "previous")
 
     def __init__(self, previous: Activation | None = None) -> None:
         self.previous = previous
+        self.error: Callable[[], LLMuxError] | None = None
+        """What to tell those whose requests it has cut short, if it is something else than that."""
         self.interrupted = False
         """Whether it is being ended, or was, while leases were held."""
         self.over = False
         """Whether the model is confirmed asleep: what has not been answered by now never will be."""
         self.leases: set[Lease] = set()
         """The leases of it that are held."""
-        self.exchanges: set[Callable[[], None]] = set()
-        """To be called when it is over, by the exchanges with the server that are still under way."""
+        self.freeze: Freeze | None = None
+        """What its requests are in the middle of, if they are frozen."""
+        self.exchanges: set[Exchange] = set()
+        """The exchanges with the server that are under way."""
 
-    def end(self) -> None:
-        """Void the leases that are still held, because the model is confirmed out of memory, and tell who holds them."""
+    def begin_freeze(self, freeze: Freeze) -> None:
+        """Stop the clocks of the requests: the server is confirmed asleep and keeps them."""
+        self.freeze = freeze
+        for lease in self.leases:
+            lease.freezes += 1
+            lease.span.add_event("frozen")
+        for exchange in list(self.exchanges):
+            exchange.freeze(freeze)
+        if self.previous is not None:
+            self.previous.begin_freeze(freeze)
+
+    def end_freeze(self, now: float) -> None:
+        """The requests go on."""
+        if self.freeze is not None:
+            self.freeze.over.set()
+            for lease in self.leases:
+                lease.frozen_time += now - self.freeze.since
+                lease.span.add_event("thawed")
+                lease.span.set_attributes({names.FREEZES: lease.freezes, names.FROZEN_TIME: lease.frozen_time})
+            self.freeze = None
+        if self.previous is not None:
+            self.previous.end_freeze(now)
+
+    def end(self, error: Callable[[], LLMuxError] | None = None) -> None:
+        """Void the leases that are still held, because the model is confirmed out of memory, and tell who holds them.
+
+        `error` makes what they are told in place of `InterruptedRequestError`.
+        """
         self.interrupted = self.over = True
+        self.error = error
         for lease in list(self.leases):
             lease.release()
-        for tell in self.exchanges:
-            tell()
+        if self.freeze is not None:
+            self.freeze.over.set()
+        for exchange in list(self.exchanges):
+            exchange.interrupt()
         if self.previous is not None:
-            self.previous.end()
+            self.previous.end(error)
 
 
 class Lease:
@@ -57,7 +115,7 @@ class Lease:
     If the model is put to sleep all the same (draining off, a deadline passed), the lease is void from then on.
     """
 
-    __slots__ = ("_activation", "_released", "_switcher", "model", "switch", "waited")
+    __slots__ = ("_activation", "_released", "_switcher", "context", "freezes", "frozen_time", "model", "switch", "waited")
 
     def __init__(
         self,
@@ -77,6 +135,27 @@ class Lease:
         """For how many seconds the request waited for its model."""
         self.switch = switch
         """The span of the switch that it waited for, if it waited for one."""
+        self.freezes = 0
+        """How often a switch has frozen the request."""
+        self.frozen_time = 0.0
+        """For how many seconds it has been frozen, in all the freezes that are over."""
+        self.context = otel_context.get_current()
+        """The trace that the request belongs to."""
+
+    @property
+    def span(self) -> Span:
+        """The request's span."""
+        return trace.get_current_span(self.context)
+
+    @property
+    def freeze(self) -> Freeze | None:
+        """What the request is in the middle of, if it is frozen: its server sleeps and goes on with it afterwards."""
+        return self._activation.freeze
+
+    @property
+    def error(self) -> LLMuxError | None:
+        """Why the lease is void, if it is for another reason than that its model had to make way."""
+        return self._activation.error() if self._activation.error is not None else None
 
     @property
     def interrupted(self) -> bool:
@@ -84,23 +163,28 @@ class Lease:
         return self._activation.interrupted
 
     @contextmanager
-    def exchange(self, interrupt: Callable[[], None]) -> Iterator[None]:
-        """While in the block, have `interrupt` called when the model sleeps although this lease is held."""
-        exchanges = self._activation.exchanges
-        exchanges.add(interrupt)
+    def exchange(self, interrupt: Callable[[], None], freeze: Callable[[Freeze], None] = lambda freeze: None) -> Iterator[None]:
+        """While in the block, have `interrupt` called when the model sleeps although this lease is held.
+
+        `freeze` is called when it sleeps and its server keeps the request, to go on with it when it is woken.
+        """
+        exchange, activation = Exchange(interrupt, freeze), self._activation
+        activation.exchanges.add(exchange)
         try:
-            if self._activation.over:
+            if activation.over:
                 interrupt()
+            elif activation.freeze is not None:
+                freeze(activation.freeze)
             yield
         finally:
-            exchanges.discard(interrupt)
+            activation.exchanges.discard(exchange)
 
     def release(self) -> None:
         """Give the lease back. Never waits, and may be called again."""
         if not self._released:
             self._released = True
             self._activation.leases.discard(self)
-            self._switcher._release(self.model)
+            self._switcher._release(self.model, frozen=self._activation.freeze is not None)
 
     def distrust(self) -> None:
         """Report that the server did not behave as an awake one does: every server is asked before the next request."""
@@ -110,13 +194,17 @@ class Lease:
 class Waiter(Ticket):
     """A ticket with the means to tell its request, and the trace that the request belongs to."""
 
-    __slots__ = ("activation", "context", "error", "event", "span", "switch")
+    __slots__ = ("activation", "context", "error", "event", "switch")
 
     def __init__(self, model: str, since: float) -> None:
         super().__init__(model, since)
         self.event = anyio.Event()
         self.context = otel_context.get_current()
-        self.span = trace.get_current_span().get_span_context()
         self.error: Callable[[], LLMuxError] | None = None
         self.activation: Activation | None = None
         self.switch: SpanContext | None = None
+
+    @property
+    def span(self) -> Span:
+        """The request's span."""
+        return trace.get_current_span(self.context)

@@ -13,12 +13,14 @@ from urllib.parse import urlsplit
 
 import anyio
 import httpx
+import msgspec
+from anyio.abc import TaskGroup
 from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
 from . import telemetry as names
 from ._body import Body
-from ._lease import Lease
+from ._lease import Freeze, Lease
 from ._openai import (
     Headers,
     InterruptedAnswer,
@@ -31,7 +33,7 @@ from ._openai import (
     with_model,
 )
 from .config import ModelConfig, TimeoutsConfig
-from .exceptions import InterruptedRequestError, LLMuxError, UpstreamError
+from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ _ERROR_EVENT = b'data: {"error"'
 """What a server sends in a stream that its engine does not go on with."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
+_HEARTBEAT = b": the model makes way for another one; the answer goes on at its next turn\n\n"
+"""A comment: who reads server-sent events passes over it."""
 _LONGEST_EVENT = 1 << 20
 """Bytes of an unfinished server-sent event that are held back at most."""
 
@@ -173,19 +177,31 @@ def _running_loop() -> int:
 
 
 class Proxy:
-    """The ASGI app behind the middleware: relays the request to the server of the model that it holds a lease on."""
+    """The ASGI app behind the middleware: relays the request to the server of the model that it holds a lease on.
 
-    def __init__(self, models: Mapping[str, ModelConfig], upstream: Upstream | None = None) -> None:
-        self._targets = {name: _Target.of(name, model) for name, model in models.items()}
+    While a request is frozen its client gets a comment in the stream every `heartbeat` seconds. `max_frozen` seconds of that
+    are allowed for beside the silence that `timeouts.read` allows a server.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelConfig],
+        upstream: Upstream | None = None,
+        *,
+        heartbeat: float = 10.0,
+        max_frozen: float = 0.0,
+    ) -> None:
+        self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
         self._upstream = upstream or HttpxUpstream()
+        self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
-        relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream)
         body = await _read_body(receive)
         if body is None:
             return
         async with anyio.create_task_group() as tasks:
+            relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
             tasks.start_soon(_watch_client, receive, relay, tasks.cancel_scope)
             await relay.run(body)
             tasks.cancel_scope.cancel()
@@ -209,24 +225,35 @@ class _Target:
     retry: bool
 
     @classmethod
-    def of(cls, name: str, model: ModelConfig) -> _Target:
+    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> _Target:
         parts = urlsplit(model.address)
         prefix = parts.path.rstrip("/").encode("ascii")
-        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, model.timeouts, model.retry)
+        timeouts = model.timeouts
+        if timeouts.read is not None:
+            timeouts = msgspec.structs.replace(timeouts, read=timeouts.read + max_frozen)
+        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, timeouts, model.retry)
 
 
 class _Relay:
     """One request on its way."""
 
-    def __init__(self, scope: Scope, send: Send, target: _Target, upstream: Upstream) -> None:
+    def __init__(
+        self, scope: Scope, send: Send, target: _Target, upstream: Upstream, tasks: TaskGroup, heartbeat: float
+    ) -> None:
         self._scope = scope
         self._send = send
+        self._sending = anyio.Lock(fast_acquire=True)
+        self._tasks = tasks
+        self._heartbeat = heartbeat
+        self._frozen_too_long: LLMuxError | None = None
         self._target = target
         self._upstream = upstream
         self._lease: Lease = scope[SCOPE_LEASE]
         self._route: str = scope[SCOPE_ROUTE]
         self._started = False
         self._streams_events = False
+        self._in_event = False
+        """Whether the client has only a part of the present server-sent event: it is too long to be held back."""
         self.ended = False
         """Whether the last byte of the answer is out, or on its way."""
         self.done = False
@@ -235,7 +262,9 @@ class _Relay:
 
     async def run(self, body: bytes) -> None:
         try:
-            with anyio.CancelScope() as scope, self._lease.exchange(partial(_limit, scope)):
+            with anyio.CancelScope() as scope, self._lease.exchange(partial(_limit, scope), partial(self._freeze, scope)):
+                while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
+                    await freeze.over.wait()
                 await self._relay(body)
             if scope.cancelled_caught:
                 raise self._interrupted()
@@ -252,6 +281,27 @@ class _Relay:
             await self._fail(exc)
         except Exception as exc:  # noqa: BLE001 - raised again, where no task group wraps it
             self.error = exc
+
+    def _freeze(self, relaying: anyio.CancelScope, freeze: Freeze) -> None:
+        self._tasks.start_soon(self._bridge, relaying, freeze)
+
+    async def _bridge(self, relaying: anyio.CancelScope, freeze: Freeze) -> None:
+        """While the request is frozen, let its client know that the stream is alive; end it if that takes too long."""
+        with anyio.move_on_after(freeze.limit):
+            while not freeze.over.is_set():
+                with anyio.move_on_after(self._heartbeat):
+                    await freeze.over.wait()
+                    return
+                await self._beat()
+        if not freeze.over.is_set():
+            reason = "the request was frozen so that other models could serve, and its model's next turn did not come"
+            self._frozen_too_long = QueueTimeoutError(self._lease.model, freeze.limit, reason)
+            relaying.cancel()
+
+    async def _beat(self) -> None:
+        async with self._sending:
+            if self._streams_events and self._started and not (self._in_event or self.ended):
+                await self._send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
 
     async def _relay(self, body: bytes) -> None:
         body = with_model(body, self._target.served_name)
@@ -302,7 +352,8 @@ class _Relay:
         rest = b""
         async for chunk in chunks:
             events, rest = split_events(rest + chunk)
-            if len(rest) > _LONGEST_EVENT:
+            self._in_event = len(rest) > _LONGEST_EVENT
+            if self._in_event:
                 events, rest = events + rest, b""
             answer.note(events)
             if _ERROR_EVENT in events:
@@ -327,17 +378,21 @@ class _Relay:
         await self._pass_on(body, last=True)
 
     async def _begin(self, start: Message) -> None:
-        self._started = True
-        await self._send(start)
+        async with self._sending:
+            self._started = True
+            await self._send(start)
 
     async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
-        self.done = self.done or last
-        # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
-        # put its connection in order (hypercorn starts a timer), which must not be cancelled.
-        self.ended = last
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        async with self._sending:
+            self.done = self.done or last
+            # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
+            # put its connection in order (hypercorn starts a timer), which must not be cancelled.
+            self.ended = last
+            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
 
-    def _interrupted(self) -> InterruptedRequestError:
+    def _interrupted(self) -> LLMuxError:
+        if error := self._frozen_too_long or self._lease.error:
+            return error
         return InterruptedRequestError(self._lease.model, may_retry=self._target.retry and not self._started)
 
     async def _fail(self, error: LLMuxError) -> None:

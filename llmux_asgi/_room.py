@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
-from ._lease import Activation, Waiter
+from ._lease import Activation, Freeze, Waiter
 from ._state import SwitcherState, Ticket, TicketStatus
 from .exceptions import LLMuxError, SwitchError
 
@@ -19,30 +19,44 @@ __all__ = ["WaitingRoom"]
 
 
 class WaitingRoom:
-    """Admits, queues and releases, and keeps the events that these set. Nothing here waits."""
+    """Admits, queues and releases, and keeps the events that these set."""
 
     def __init__(self, state: SwitcherState, clock: Callable[[], float]) -> None:
         self.state = state
         self._clock = clock
         self.activation = Activation()
         """The stretch of time that leases are granted in."""
+        self.frozen: dict[str, Activation] = {}
+        """Those that were stopped in the middle and go on at their model's next turn, by model."""
         self.changed = anyio.Event()
         """Set when the policy may decide otherwise than before. Whoever waits for it puts a new one here first."""
         self.drained = anyio.Event()
         """Set when the active model's last running request is over. As above."""
         self.released = anyio.Event()
-        """Set when any request is over. As above."""
+        """Set when any request is over. See `until_release`."""
         self.give_up: anyio.CancelScope | None = None
         """Cancelled when nobody waits for the target any more, as long as the switch can be given up."""
         self.drop_deferral: Callable[[str], None] = lambda model: None
         """Called when a deferral of the model has become pointless."""
 
-    def release(self, model: str) -> None:
-        """Count a request out."""
-        if self.state.release(model, self._clock()) and model == self.state.active:
+    def release(self, model: str, *, frozen: bool = False) -> None:
+        """Count a request out, which may have been frozen."""
+        if frozen:
+            self.state.release_frozen(model)
+            if not self.state.frozen(model):
+                self.frozen.pop(model, None)
+            if not self.state.depth(model):
+                self._nobody_waits(model)
+        elif self.state.release(model, self._clock()) and model == self.state.active:
             self.drained.set()
         self.released.set()
         self.changed.set()
+
+    async def until_release(self) -> None:
+        """Wait until any request is over."""
+        if self.released.is_set():  # another task may wait for the present one
+            self.released = anyio.Event()
+        await self.released.wait()
 
     def withdraw(self, waiter: Waiter) -> None:
         """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
@@ -56,22 +70,47 @@ class WaitingRoom:
 
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
         """Tell everybody who waits for `model` the error that the function makes."""
+        self._refuse_queue(model, error)
+        if activation := self.frozen.pop(model, None):
+            activation.end(error)
+        self._nobody_waits(model)
+
+    def refuse_queues(self, reason: str) -> None:
+        """Tell everybody in a queue that the switch failed, and why. Frozen requests go on waiting."""
+        for model in self.state.waiting_models():
+            self._refuse_queue(model, partial(SwitchError, model, reason))
+            if not self.state.depth(model):
+                self._nobody_waits(model)
+
+    def refuse_all(self, reason: str) -> None:
+        """Tell everybody who waits, in a queue or frozen, that the switch failed, and why."""
+        for model in self.state.waiting_models():
+            self.refuse(model, partial(SwitchError, model, reason))
+
+    def _refuse_queue(self, model: str, error: Callable[[], LLMuxError]) -> None:
         for ticket in self.state.refuse(model):
             waiter = cast("Waiter", ticket)
             waiter.error = error
             waiter.event.set()
-        self._nobody_waits(model)
-
-    def refuse_all(self, reason: str) -> None:
-        """Tell everybody who waits that the switch failed, and why."""
-        for model in self.state.waiting_models():
-            self.refuse(model, partial(SwitchError, model, reason))
 
     def _nobody_waits(self, model: str) -> None:
         self.drop_deferral(model)
         if self.give_up is not None and model == self.state.target:
             self.give_up.cancel()
         self.changed.set()
+
+    def freeze(self, model: str, limit: float) -> None:
+        """Keep the requests that `model` was serving for its next turn: it is asleep, and its server keeps them too."""
+        now = self._clock()
+        self.state.freeze(now)
+        self.frozen[model] = self.activation
+        self.activation.begin_freeze(Freeze(now, limit))
+        self.activation = Activation()
+
+    def begin(self, model: str | None) -> None:
+        """Begin the stretch of time in which `model` is awake, or none: the one that was stopped in the middle, if any was."""
+        self.activation = self.frozen.pop(model) if model is not None and model in self.frozen else Activation()
+        self.activation.end_freeze(self._clock())
 
     def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
         """Tell those whose tickets were granted, and by which switch if it was one."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 import anyio
 
 from ._memory import MemoryCheck
-from .backends import Backend, BackendState, StoppableBackend
+from .backends import Backend, BackendState, FreezingBackend, StoppableBackend
 from .exceptions import BackendError, BackendStartError, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 
 __all__ = ["Servers"]
@@ -53,6 +53,10 @@ class Servers:
     def says_awake(self, model: str) -> bool:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE
+
+    def says_asleep(self, model: str) -> bool:
+        """Say whether the server of `model` was confirmed asleep, its process going on."""
+        return self._known.get(model) is BackendState.ASLEEP
 
     def says_stopped(self, model: str) -> bool:
         """Say whether the process of `model` was gone when it was last looked for: to wake it is to start it."""
@@ -152,18 +156,27 @@ class Servers:
             self._vanished |= vanished
             raise
 
-    async def sleep(self, model: str, level: int) -> bool:
+    async def require_freezing(self, model: str) -> None:
+        """Raise `BackendUnsupportedError` unless the server of `model` can keep its requests while it sleeps."""
+        backend = self._backends[model]
+        if not isinstance(backend, FreezingBackend):
+            raise BackendUnsupportedError(f"{backend}: this kind of server cannot keep its requests while it sleeps")
+        await backend.require_freezing()
+
+    async def sleep(self, model: str, level: int, *, keep: bool = False) -> bool:
         """Put `model` to sleep. Returns once it is confirmed out of memory: asleep as it says, or its process gone.
+
+        With `keep` the server keeps the requests that it is serving, and goes on with them when it is woken.
 
         If that fails it is tried once more; if that fails too, the process is ended where it is the gateway's own. Returns
         whether it went as it should: the first call succeeded.
         """
         try:
-            return await self._put_to_sleep(model, level)
+            return await self._put_to_sleep(model, level, keep=keep)
         except BackendError as exc:
             logger.warning("putting the model %r to sleep failed, it is tried once more: %s", model, exc)
             try:
-                await self._put_to_sleep(model, level)
+                await self._put_to_sleep(model, level, keep=keep)
             except BackendError as again:
                 await self.stop(model, again)
             return False
@@ -178,8 +191,8 @@ class Servers:
         self._learn(model, BackendState.STOPPED)
         await self._confirm_freed(model)
 
-    async def _put_to_sleep(self, model: str, level: int) -> bool:
-        succeeded = await self._try_to_sleep(model, level)
+    async def _put_to_sleep(self, model: str, level: int, *, keep: bool) -> bool:
+        succeeded = await self._try_to_sleep(model, level, keep=keep)
         try:
             await self._confirm_freed(model)
         except BackendError:
@@ -200,13 +213,17 @@ class Servers:
         known = self._known.get(model)
         return known in (BackendState.AWAKE, None) or bool(self._unconfirmed[model] & _Steps.WAKE) or model in self._vanished
 
-    async def _try_to_sleep(self, model: str, level: int) -> bool:
+    async def _try_to_sleep(self, model: str, level: int, *, keep: bool) -> bool:
         """Return whether the call succeeded; not if it failed and has left the model out of memory all the same."""
         self._known.pop(model, None)
         before = self._unconfirmed[model]
         self._unconfirmed[model] |= _Steps.SLEEP | (_Steps.SLEEP_AGAIN if before & _Steps.SLEEP else _Steps.NONE)
         try:
-            await self._backends[model].sleep(level)
+            backend = self._backends[model]
+            if keep and isinstance(backend, FreezingBackend):
+                await backend.freeze(level)
+            else:
+                await backend.sleep(level)
         except BackendUnreachableError:
             self._learn(model, BackendState.UNREACHABLE)
         except BackendError as exc:

@@ -15,11 +15,15 @@ A doubt (`distrust`) that comes up while the servers are asked, or before the po
 leads back to UNKNOWN: what was verified before it does not count. `wake` and `complete` are verified after it.
 
 `wake_up` begins each attempt to wake the target, the first one too. One that has failed may have come as far as READY.
+
+Requests that were running when their model was put to sleep, and that its server keeps (`freeze`), are counted apart from
+those in flight. They wait for their model's next turn as those in its queue do, since the time of the freeze.
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -91,6 +95,8 @@ class SwitcherStatistics:
     """Leases held, by model."""
     waiting: Mapping[str, int]
     """Requests queued, by model."""
+    frozen: Mapping[str, int]
+    """Requests that a switch has stopped in the middle and that go on at their model's next turn, by model."""
     switches: int
     """Switches completed."""
     abandoned: int
@@ -114,10 +120,12 @@ class SwitcherState:
         self.active_since = float("-inf")
         """When the active model became active; minus infinity if that is not known."""
         self.queued_at_activation = 0
-        """How many tickets were granted when it did."""
+        """How many requests were waiting for it then, all of which it serves from then on."""
         self._idle_since = float("-inf")
         self._doubted = False
         self._in_flight = dict.fromkeys(models, 0)
+        self._frozen = dict.fromkeys(self._in_flight, 0)
+        self._frozen_since = dict.fromkeys(self._in_flight, 0.0)
         self._last_active: dict[str, None] = {}
         # Tickets in order of arrival; a dict, so that one in the middle leaves in O(1).
         self._queues: dict[str, dict[Ticket, None]] = {model: {} for model in self._in_flight}
@@ -167,6 +175,11 @@ class SwitcherState:
             self._idle_since = now
         return True
 
+    def release_frozen(self, model: str) -> None:
+        """Count a frozen request out."""
+        _require(self._frozen[model] > 0)
+        self._frozen[model] -= 1
+
     def in_flight(self, model: str | None) -> int:
         """How many requests `model` is serving."""
         return self._in_flight[model] if model is not None else 0
@@ -175,25 +188,31 @@ class SwitcherState:
         """For how many seconds the active model has served nobody: 0.0 if it serves or none is active."""
         return now - self._idle_since if self.active is not None and not self._in_flight[self.active] else 0.0
 
-    def depth(self, model: str) -> int:
-        """How many requests wait for `model`."""
-        return len(self._queues[model])
+    def frozen(self, model: str) -> int:
+        """How many requests of `model` are frozen."""
+        return self._frozen[model]
 
-    def oldest(self, model: str) -> Ticket:
-        """The request that has waited longest for `model`. There must be one."""
-        return next(iter(self._queues[model]))
+    def depth(self, model: str) -> int:
+        """How many requests wait for `model`, in its queue or frozen."""
+        return len(self._queues[model]) + self._frozen[model]
+
+    def waiting_since(self, model: str) -> float:
+        """Since when the request that has waited longest for `model` does so. There must be one."""
+        frozen = self._frozen_since[model] if self._frozen[model] else math.inf
+        return min(frozen, next(iter(self._queues[model])).since) if self._queues[model] else frozen
 
     def total_wait(self, model: str, now: float) -> float:
-        """The sum of the times in seconds that the requests in the queue of `model` have waited."""
-        return max(0.0, len(self._queues[model]) * now - self._arrivals[model])
+        """The sum of the times in seconds that the requests for `model` have waited, in its queue or frozen."""
+        queued = len(self._queues[model]) * now - self._arrivals[model]
+        return max(0.0, queued + self._frozen[model] * (now - self._frozen_since[model]))
 
     def waiters(self, model: str) -> tuple[Ticket, ...]:
-        """Those who wait for `model`, in order of arrival."""
+        """Those in the queue of `model`, in order of arrival."""
         return tuple(self._queues[model])
 
     def waiting_models(self) -> list[str]:
         """The models with waiting requests, the one that has waited longest first."""
-        return sorted((m for m, queue in self._queues.items() if queue), key=lambda m: self.oldest(m).since)
+        return sorted(filter(self.depth, self._queues), key=self.waiting_since)
 
     def by_use(self, models: Iterable[str]) -> list[str]:
         """Sort `models` by when they were active last, the latest first; those that never were keep their order."""
@@ -238,6 +257,13 @@ class SwitcherState:
             return False
         self._step(Phase.DRAIN, Phase.SLEEP)
         return True
+
+    def freeze(self, now: float) -> None:
+        """The active model is confirmed asleep, and its server keeps the requests that were running."""
+        _require(self.active is not None and (self.phase is Phase.SLEEP or self.mode is Mode.UNKNOWN))
+        if self.active is not None and (count := self._in_flight[self.active]):
+            self._in_flight[self.active] = 0
+            self._frozen[self.active], self._frozen_since[self.active] = count, now
 
     def wake(self) -> None:
         """Every other model is confirmed out of memory; the target's wake may be sent."""
@@ -292,6 +318,7 @@ class SwitcherState:
             phase=self.phase,
             in_flight=MappingProxyType(dict(self._in_flight)),
             waiting=MappingProxyType({model: len(queue) for model, queue in self._queues.items()}),
+            frozen=MappingProxyType(dict(self._frozen)),
             switches=self._switches,
             abandoned=self._abandoned,
             failures=self._failures,
@@ -312,7 +339,11 @@ class SwitcherState:
 
     def _activate(self, model: str | None, since: float) -> None:
         self.active, self.active_since, self._idle_since = model, since, since
-        self.queued_at_activation = self.depth(model) if model is not None else 0
+        self.queued_at_activation = 0
+        if model is not None:
+            self.queued_at_activation = self.depth(model)
+            self._in_flight[model] += self._frozen[model]
+            self._frozen[model] = 0
 
     def _settle(self) -> list[Ticket]:
         self.target = self.phase = None

@@ -56,8 +56,13 @@ class Steps:
             MappingProxyType(self._estimates.wake_costs({model: self.wake_level(model) for model in models})),
         )
 
-    async def make_room(self, to: str, origin: str | None, before_origin: Callable[[], None] = lambda: None) -> None:
-        """Put everything but `to` to sleep. Calls `before_origin` right before the outgoing model is."""
+    async def make_room(
+        self, to: str, origin: str | None, before_origin: Callable[[], None] = lambda: None, *, keep: bool = False
+    ) -> None:
+        """Put everything but `to` to sleep. Calls `before_origin` right before the outgoing model is.
+
+        With `keep` the server of that keeps the requests that it is serving. A server never loses those that are frozen.
+        """
         awake, doubtful = await self._servers.in_memory(to, origin)
         # The outgoing model comes after the others: if one of those turns out to be stuck, it has not been disturbed. The
         # doubtful come last: a half-woken one may have to be woken whole before it can sleep, and that takes memory.
@@ -67,7 +72,8 @@ class Steps:
             level = self._sleep_level(model)
             with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
                 begun, sound = self._clock(), self._servers.is_sound(model)
-                if await self._servers.sleep(model, level) and sound:
+                kept = (keep and model == origin) or self._state.frozen(model) > 0
+                if await self._servers.sleep(model, level, keep=kept) and sound:
                     self._estimates.sleep_took(model, level, self._clock() - begun)
         await self._servers.confirm_vanished()
 

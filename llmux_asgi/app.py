@@ -58,7 +58,11 @@ class LLMuxApp:
         self.switcher = ModelSwitcher.from_config(
             self.config, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
         )
-        self._proxy = Proxy(self.config.models)
+        self._proxy = Proxy(
+            self.config.models,
+            heartbeat=self.config.limits.heartbeat,
+            max_frozen=self.switcher.max_frozen,
+        )
         self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
         self._created = int(time.time())
 
@@ -79,8 +83,13 @@ class LLMuxApp:
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """Preload models and watch the active one while in the block; on leaving it, `aclose`. For the host's `lifespan`."""
+        """Preload models and watch the active one while in the block; on leaving it, `aclose`. For the host's `lifespan`.
+
+        With `drain: preempt` raises `BackendUnsupportedError` if a server that answers cannot freeze its requests.
+        """
         try:
+            if self.config.policy.drain == "preempt":
+                await self.switcher.require_freezing()
             async with beside(self._watch, "llmux_asgi watch"), beside(self._preload, "llmux_asgi preload"):
                 yield
         finally:

@@ -57,6 +57,8 @@ _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 _T = TypeVar("_T")
 
+DrainMode: TypeAlias = Literal["wait", "preempt", "abort"]
+
 POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
     "fifo": (),
     "gated_quantum": ("quantum", "linger"),
@@ -213,17 +215,38 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Seconds | None,
         Meta(description="Wait from which a request comes first; null: 30. For pressure, throughput."),
     ] = None
-    drain: Annotated[bool, Meta(description="Let running requests finish before the model is put to sleep.")] = True
+    drain: Annotated[
+        DrainMode | bool,
+        Meta(
+            description="Running requests of a model that has to make way. wait (or true): finish before it sleeps; preempt: "
+            "are frozen, and go on at its next turn; abort (or false): are aborted."
+        ),
+    ] = "wait"
     drain_timeout: Annotated[
-        Seconds | None, Meta(description="Longest drain; requests still running then are aborted. null: no deadline.")
+        Seconds | None,
+        Meta(
+            description="Longest drain; requests still running then are aborted, or frozen. null: no deadline; with preempt: "
+            "no drain."
+        ),
+    ] = None
+    max_freezes: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="Times that one request may be frozen; after that it finishes first. null: 16. For drain: preempt."),
+    ] = None
+    max_frozen: Annotated[
+        PositiveSeconds | None,
+        Meta(description="Longest freeze; a request frozen for longer gets an error. null: 300. For drain: preempt."),
     ] = None
     estimates: Annotated[
         _Name | None, Meta(description="JSON file that keeps what sleep and wake were measured to take; null: none.")
     ] = None
 
     def __post_init__(self) -> None:
-        if self.drain_timeout is not None and not self.drain:
-            raise _ValueConfigError("drain_timeout", "has no effect when drain is false: leave one of them out")
+        if self.drain_timeout is not None and self.drain in ("abort", False):
+            raise _ValueConfigError("drain_timeout", "has no effect when nothing is drained: leave one of them out")
+        for key in ("max_freezes", "max_frozen"):
+            if getattr(self, key) is not None and self.drain != "preempt":
+                raise _ValueConfigError(key, "has no effect without drain: preempt")
         for key in ("quantum", "linger", "max_wait"):
             if getattr(self, key) is not None and key not in POLICY_PARAMETERS[self.name]:
                 owners = ", ".join(name for name, keys in POLICY_PARAMETERS.items() if key in keys)
@@ -240,6 +263,9 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         PositiveSeconds | None,
         Meta(description="Pause between two looks at the active server while the lifespan runs; null: none."),
     ] = 5.0
+    heartbeat: Annotated[
+        PositiveSeconds, Meta(description="Pause between two comments in the stream of a request that is frozen.")
+    ] = 10.0
     shutdown: Annotated[Seconds, Meta(description="Time that running requests have to end in when the gateway stops.")] = 30.0
 
     def __post_init__(self) -> None:
@@ -282,11 +308,23 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 if model.command is None and model.hooks is None and model.sleep_level is None:
                     message = "3 stops the server's process, which only one with a command has: give this model its own level"
                     raise _ValueConfigError("policy.sleep_level", f"{message} (models.{name}.sleep_level)")
+        if self.policy.drain == "preempt":
+            for name, model in self.models.items():
+                self._require_freezing(name, model)
         owners = {name: name for name in self.models}
         for name, model in self.models.items():
             for index, alias in enumerate(model.aliases):
                 if (owner := owners.setdefault(alias, name)) != name or alias == name:
                     raise _ValueConfigError(f"models.{name}.aliases[{index}]", f"{alias!r} already names the model {owner!r}")
+
+    def _require_freezing(self, name: str, model: ModelConfig) -> None:
+        """Refuse a model whose requests cannot be frozen, as far as that can be told without its server."""
+        if model.hooks is not None or model.server != "vllm":
+            kind = "switched by hooks" if model.hooks is not None else f"a server of the kind {model.server}"
+            raise _ValueConfigError("policy.drain", f"preempt freezes requests in vLLM's way, and models.{name} is {kind}")
+        if 3 in (model.sleep_level, self.policy.sleep_level) and model.sleep_level in (3, None):
+            message = f"preempt keeps requests in the sleeping server, and the sleep level 3 of models.{name} ends it"
+            raise _ValueConfigError("policy.drain", message)
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -394,6 +432,7 @@ _ALLOWED = {
     "server": get_args(ServerKind),
     "probe": get_args(ProbeKind),
     "check": get_args(MemoryCheckKind),
+    "drain": (*get_args(DrainMode), "true", "false"),
 }
 _HINTS = {
     "Expected `float`, got": " (a number, in seconds)",

@@ -32,12 +32,14 @@ from .config import Config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
+    BackendUnreachableError,
     LLMuxError,
     QueueTimeoutError,
     SwitchError,
     UnknownModelError,
 )
 from .policy import FifoPolicy, SwitchPolicy, build_policy
+from .policy._base import DrainingPolicy
 from .telemetry import Telemetry
 
 __all__ = ["Lease", "ModelSwitcher"]
@@ -126,7 +128,9 @@ class ModelSwitcher:
             policy = build_policy(config.policy)
         return cls(
             {
-                name: build_backend(name, model, sleep_level=levels.get(name, policy.sleep_level))
+                name: build_backend(
+                    name, model, sleep_level=levels.get(name, policy.sleep_level), freezes=config.policy.drain == "preempt"
+                )
                 for name, model in config.models.items()
             },
             policy,
@@ -211,6 +215,12 @@ class ModelSwitcher:
         """The longest wait of a request for `model` in seconds, `None`: no limit."""
         return self._request_timeouts.get(model, self._policy.request_timeout)
 
+    @property
+    def max_frozen(self) -> float:
+        """The longest time in seconds that a request may be frozen; 0.0 if the policy does not preempt."""
+        policy = self._policy
+        return policy.max_frozen if isinstance(policy, DrainingPolicy) and policy.drain == "preempt" else 0.0
+
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
         return replace(
@@ -235,6 +245,12 @@ class ModelSwitcher:
             await self._driver.reconcile()
 
         await self._in_its_own_task(run)
+
+    async def require_freezing(self) -> None:
+        """Raise `BackendUnsupportedError` if a server that answers cannot keep its requests while it sleeps."""
+        for model in self.models:
+            with suppress(BackendUnreachableError, BackendTimeoutError):
+                await self._servers.require_freezing(model)
 
     async def check(self) -> None:
         """Ask the active model's server how it is. If it is not awake, ask all of them, and adopt what they say.
@@ -278,9 +294,7 @@ class ModelSwitcher:
             try:
                 with anyio.move_on_after(drain):
                     while any(self._state.in_flight(model) for model in self.models):
-                        if self._room.released.is_set():  # another call may wait for the present one
-                            self._room.released = anyio.Event()
-                        await self._room.released.wait()
+                        await self._room.until_release()
                 if self._room.activation.leases:
                     self._room.activation.interrupted = True
             finally:
@@ -322,8 +336,8 @@ class ModelSwitcher:
         if self._estimates_file is not None:
             self._estimates_file.save(self._estimates)
 
-    def _release(self, model: str) -> None:
-        self._room.release(model)
+    def _release(self, model: str, *, frozen: bool) -> None:
+        self._room.release(model, frozen=frozen)
 
     def _refuse_while_backing_off(self, model: str) -> None:
         if failure := self._backoff.pausing(model, self._clock()):

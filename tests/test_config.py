@@ -51,9 +51,18 @@ FULL: dict[str, Any] = {
         "max_wait": 20,
         "drain": True,
         "drain_timeout": 3,
+        "max_freezes": None,
+        "max_frozen": None,
         "estimates": "/var/lib/llmux.json",
     },
-    "limits": {"max_body": 1000, "backoff_initial": 0.5, "backoff_max": 8, "health_interval": None, "shutdown": 3},
+    "limits": {
+        "max_body": 1000,
+        "backoff_initial": 0.5,
+        "backoff_max": 8,
+        "health_interval": None,
+        "heartbeat": 4,
+        "shutdown": 3,
+    },
     "memory": {"check": "nvml", "device": 1, "settle": 2},
 }
 YAML = """
@@ -76,7 +85,7 @@ JSON = '{"models": {"qwen": {"url": "http://127.0.0.1:8001", "aliases": ["gpt-4o
 def test_the_defaults_are_the_documented_ones() -> None:
     config = load_config(MINIMAL)
     assert config.policy == PolicyConfig(
-        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain=True, drain_timeout=None
+        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain="wait", drain_timeout=None
     )
     assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0)
     assert config.models["qwen"].timeouts == TimeoutsConfig(connect=5.0, probe=5.0, sleep=120.0, wake=300.0, read=600.0)
@@ -90,6 +99,34 @@ def test_everything_can_be_set() -> None:
     assert msgspec.to_builtins(config)["memory"] == FULL["memory"]
     assert config.models["own"].command == ("vllm", "serve", "own", "--port", "{port}")
     assert config.models["qwen"].timeouts.read is None
+
+
+def test_preemption_can_be_set() -> None:
+    policy = {"drain": "preempt", "drain_timeout": 1, "max_freezes": 3, "max_frozen": 40}
+    config = load_config({**MINIMAL, "policy": policy})
+    assert msgspec.to_builtins(config)["policy"].items() >= policy.items()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"server": "sglang"}, "preempt freezes requests in vLLM's way, and models.m is a server of the kind sglang"),
+        (
+            {"hooks": {"wake": ["w"], "sleep": ["s"], "alive": ["a"]}},
+            "preempt freezes requests in vLLM's way, and models.m is switched by hooks",
+        ),
+        (
+            {"command": ["serve"], "sleep_level": 3},
+            "preempt keeps requests in the sleeping server, and the sleep level 3 of models.m ends it",
+        ),
+    ],
+)
+def test_preemption_is_refused_for_servers_that_cannot_have_it(model: dict[str, Any], message: str) -> None:
+    source = {"models": {"m": {"url": URL, **model}}, "policy": {"drain": "preempt"}}
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)
+    assert str(caught.value) == f"$.policy.drain: {message}"
+    load_config({**source, "policy": {"drain": True}})
 
 
 @pytest.mark.parametrize(("ending", "text"), [("yaml", YAML), ("yml", YAML), ("toml", TOML), ("json", JSON)])
@@ -178,7 +215,13 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         (
             {**MINIMAL, "policy": {"drain": False, "drain_timeout": 3}},
-            "$.policy.drain_timeout: has no effect when drain is false: leave one of them out",
+            "$.policy.drain_timeout: has no effect when nothing is drained: leave one of them out",
+        ),
+        ({**MINIMAL, "policy": {"max_freezes": 3}}, "$.policy.max_freezes: has no effect without drain: preempt"),
+        ({**MINIMAL, "policy": {"drain": False, "max_frozen": 3}}, "$.policy.max_frozen: has no effect without drain: preempt"),
+        (
+            {**MINIMAL, "policy": {"drain": "later"}},
+            "$.policy.drain: invalid enum value 'later' (one of: wait, preempt, abort, true, false)",
         ),
         (
             {**MINIMAL, "limits": {"backoff_initial": 60}},

@@ -181,7 +181,14 @@ def configured(**policy: object) -> SwitchPolicy:
     return ModelSwitcher.from_config(load_config({"models": {"a": {"url": "http://x:1"}}, "policy": policy}))._policy
 
 
-COMMON = {"sleep_level": 1, "request_timeout": 60.0, "drain": True, "drain_timeout": None}
+COMMON = {
+    "sleep_level": 1,
+    "request_timeout": 60.0,
+    "drain": "wait",
+    "drain_timeout": None,
+    "max_freezes": 16,
+    "max_frozen": 300.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -212,9 +219,16 @@ def test_the_configuration_chooses_the_policy_and_its_parameters(
 
 
 def test_each_policy_takes_the_settings_that_all_have() -> None:
-    common = {"sleep_level": 2, "request_timeout": None, "drain": True, "drain_timeout": 7.0}
+    common = {"sleep_level": 2, "request_timeout": None, "drain_timeout": 7.0, "max_freezes": 3, "max_frozen": 9.0}
     for name in ("fifo", "gated_quantum", "pressure", "throughput"):
-        assert vars(configured(name=name, **common)).items() >= common.items()
+        assert vars(configured(name=name, drain="preempt", **common)).items() >= common.items()
+
+
+@pytest.mark.parametrize(("drain", "mode"), [(True, "wait"), (False, "abort"), ("preempt", "preempt")])
+def test_what_becomes_of_running_requests_has_a_name(drain: object, mode: str) -> None:
+    policy = configured(drain=drain)
+    assert isinstance(policy, FifoPolicy)
+    assert policy.drain == mode
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,10 @@ def test_the_configuration_arrives_where_it_belongs() -> None:
         "sleep_level": 2,
         "request_timeout": 8,
         "min_active_duration": 3,
-        "drain": True,
+        "drain": "wait",
         "drain_timeout": 4,
+        "max_freezes": 16,
+        "max_frozen": 300.0,
     }
     assert switcher.resolve("gpt") == "a"
     assert switcher._sleep_levels == {"a": 2}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._build import build_backend, with_ports
-from ._protocol import STOP_LEVEL, Backend, BackendState, StoppableBackend
+from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, StoppableBackend
 from .hooks import HooksBackend
 from .llamacpp import LlamaCppBackend
 from .managed import ManagedBackend
@@ -16,6 +16,7 @@ __all__ = [
     "STOP_LEVEL",
     "Backend",
     "BackendState",
+    "FreezingBackend",
     "HooksBackend",
     "LlamaCppBackend",
     "ManagedBackend",

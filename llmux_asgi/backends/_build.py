@@ -37,9 +37,9 @@ def with_ports(config: Config) -> Config:
     return msgspec.structs.replace(config, models=models)
 
 
-def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend:
-    """Return the backend of one model. Its port must be chosen."""
-    server = _control(name, model, sleep_level)
+def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: bool = False) -> Backend:
+    """Return the backend of one model. Its port must be chosen. `freezes`: its requests have to survive its sleep."""
+    server = _control(name, model, sleep_level, freezes)
     if model.probe != "none":
         server = ProbedBackend(server, model.address, model.served_name or name, model.probe, timeouts=model.timeouts)
     if model.command is None:
@@ -52,14 +52,14 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int) -> Backend
     return ManagedBackend(name, server, model.address, command, env=env, cwd=model.cwd, timeouts=model.timeouts)
 
 
-def _control(name: str, model: ModelConfig, sleep_level: int) -> Backend:
+def _control(name: str, model: ModelConfig, sleep_level: int, freezes: bool) -> Backend:
     """What speaks to the server."""
     if model.hooks is not None:
         return HooksBackend(name, model.address, model.hooks, model.timeouts)
     inside = model.served_name or name
     match model.server:
         case "vllm":
-            return VLLMBackend(model.address, sleep_level=sleep_level, timeouts=model.timeouts)
+            return VLLMBackend(model.address, sleep_level=sleep_level, freezes=freezes, timeouts=model.timeouts)
         case "sglang":
             return SGLangBackend(model.address, timeouts=model.timeouts)
         case "llama.cpp":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Protocol, runtime_checkable
 
-__all__ = ["STOP_LEVEL", "Backend", "BackendState", "StoppableBackend"]
+__all__ = ["STOP_LEVEL", "Backend", "BackendState", "FreezingBackend", "StoppableBackend"]
 
 STOP_LEVEL = 3
 """The sleep level that ends the server's process."""
@@ -63,4 +63,17 @@ class StoppableBackend(Backend, Protocol):
 
     async def stop(self) -> None:
         """End the process and all that it has started. Returns once they are gone. May be called again."""
+        ...
+
+
+@runtime_checkable
+class FreezingBackend(Backend, Protocol):
+    """A server that can keep the requests that it is serving while it sleeps."""
+
+    async def require_freezing(self) -> None:
+        """Raise `BackendUnsupportedError` if this server cannot do so, with what to do about it."""
+        ...
+
+    async def freeze(self, level: int) -> None:
+        """Put the model to sleep as `sleep` does; requests that run stop where they are and go on after `wake`."""
         ...

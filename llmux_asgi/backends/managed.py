@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
 import anyio
@@ -20,7 +20,7 @@ from ..exceptions import (
     BackendUnsupportedError,
 )
 from ._http import POLL_FIRST, POLL_LONGEST
-from ._protocol import STOP_LEVEL, Backend, BackendState
+from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend
 
 __all__ = ["ManagedBackend", "free_port"]
 
@@ -85,11 +85,26 @@ class ManagedBackend:
 
     async def sleep(self, level: int) -> None:
         """Put the server to sleep; at level 3, end its process."""
+        await self._put_to_sleep(level, self._server.sleep)
+
+    async def require_freezing(self) -> None:
+        """Ask the server, if its process runs: it is asked when it starts, too."""
+        if not isinstance(self._server, FreezingBackend):
+            raise BackendUnsupportedError(f"{self}: this kind of server cannot keep its requests while it sleeps")
+        if self._process.running:
+            await self._server.require_freezing()
+
+    async def freeze(self, level: int) -> None:
+        """Put the server to sleep as `sleep` does; it keeps its requests, unless its process is ended."""
+        server = self._server
+        await self._put_to_sleep(level, server.freeze if isinstance(server, FreezingBackend) else server.sleep)
+
+    async def _put_to_sleep(self, level: int, put_to_sleep: Callable[[int], Awaitable[None]]) -> None:
         if level >= STOP_LEVEL:
             await self.stop()
         elif self._process.running:
             try:
-                await self._server.sleep(level)
+                await put_to_sleep(level)
             except _GONE as exc:
                 logger.warning(
                     "the model %r does not fall asleep any more, what is left of it is ended: %s", self._process.model, exc

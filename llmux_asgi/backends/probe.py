@@ -8,9 +8,9 @@ from typing import Literal
 import msgspec
 
 from ..config import TimeoutsConfig
-from ..exceptions import BackendError
+from ..exceptions import BackendError, BackendUnsupportedError
 from ._http import ControlClient, limit
-from ._protocol import Backend, BackendState
+from ._protocol import Backend, BackendState, FreezingBackend
 
 __all__ = ["ProbedBackend"]
 
@@ -61,13 +61,30 @@ class ProbedBackend:
 
     async def sleep(self, level: int) -> None:
         """Put the server to sleep; take the fingerprint before, if there is none yet."""
+        await self._take_fingerprint()
+        await self._server.sleep(level)
+
+    async def require_freezing(self) -> None:
+        """Ask the server."""
+        await self._freezing().require_freezing()
+
+    async def freeze(self, level: int) -> None:
+        """Have the server keep its requests while it sleeps; take the fingerprint before, if there is none yet."""
+        await self._take_fingerprint()
+        await self._freezing().freeze(level)
+
+    def _freezing(self) -> FreezingBackend:
+        if not isinstance(self._server, FreezingBackend):
+            raise BackendUnsupportedError(f"{self}: this kind of server cannot keep its requests while it sleeps")
+        return self._server
+
+    async def _take_fingerprint(self) -> None:
         if self._kind == "fingerprint" and self._fingerprint is None:
             try:
                 if await self._server.state() is BackendState.AWAKE:
                     self._fingerprint = await self._generate(_FINGERPRINT_TOKENS)
             except BackendError as exc:
                 logger.warning("no fingerprint was taken of %r: %s", self._served_name, exc)
-        await self._server.sleep(level)
 
     async def wake(self) -> None:
         """Wake the server."""

@@ -8,6 +8,7 @@ Source: https://docs.vllm.ai/en/latest/features/sleep_mode/ and the behaviour of
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TypeAlias
 
 import anyio
@@ -29,6 +30,8 @@ _Version: TypeAlias = tuple[int, int]
 
 _LEAKY = ((0, 14), (0, 17))
 """Versions from the first up to, not including, the second do not free the weights when they sleep."""
+_SLEEP_MODES: _Version = (0, 17)
+"""The first version whose `/sleep` takes a mode. Older ones ignore it and abort."""
 _STAGED_WAKE: _Version = (0, 24)
 """The first version that does not resume scheduling when only a part of the memory is awake."""
 _LOOK_SECONDS = 1.0
@@ -44,21 +47,44 @@ class _VersionAnswer(msgspec.Struct):
     version: str
 
 
+class _Parameter(msgspec.Struct):
+    name: str = ""
+    schema: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+class _Operation(msgspec.Struct):
+    parameters: list[_Parameter] = []
+
+
+class _Path(msgspec.Struct):
+    post: _Operation | None = None
+
+
+class _OpenApi(msgspec.Struct):
+    paths: dict[str, _Path] = {}
+
+
 class VLLMBackend:
     """Controls one vLLM server at `url` (its root, without `/v1`).
 
     `sleep_level` is the level that a sleeper is taken to be at which this object did not put to sleep, unless the server's
-    metrics say 2: waking from 2 reloads the weights, which is right for either level and costs time for level 1.
+    metrics say 2: waking from 2 reloads the weights, which is right for either level and costs time for level 1. With
+    `freezes` a server that cannot keep its requests while it sleeps is refused at first contact.
     """
 
-    def __init__(self, url: str, *, sleep_level: int = 1, timeouts: TimeoutsConfig | None = None) -> None:
+    def __init__(
+        self, url: str, *, sleep_level: int = 1, freezes: bool = False, timeouts: TimeoutsConfig | None = None
+    ) -> None:
         self.url = url.rstrip("/")
         self._default_level = sleep_level
+        self._freezes = freezes
         self._timeouts = timeouts or TimeoutsConfig()
         self._client = ControlClient(self.url, self._timeouts, hint=_HINT)
         self._version: _Version | None = None
         self._level: int | None = None
         self._half_woken = False
+        self._has_modes = False
+        """Whether `/sleep` is known to take the mode `keep`."""
 
     def __str__(self) -> str:
         return self.url
@@ -70,11 +96,37 @@ class VLLMBackend:
         except BackendUnreachableError:
             # Whatever comes back on this address is another process.
             self._version = self._level = None
-            self._half_woken = False
+            self._half_woken = self._has_modes = False
             return BackendState.UNREACHABLE
 
     async def sleep(self, level: int) -> None:
         """Send `/sleep` and confirm it. Requests still running are aborted by the server."""
+        await self._put_to_sleep(level, "abort")
+
+    async def require_freezing(self) -> None:
+        """Raise `BackendUnsupportedError` unless the server offers `mode=keep`, as vLLM does from 0.17 on.
+
+        Its `/openapi.json` says so; where that is switched off, its version does.
+        """
+        if self._has_modes:
+            return
+        version = self._version or await self._supported_version()
+        offers = version >= _SLEEP_MODES
+        with suppress(BackendUnsupportedError):  # no such page
+            document = (await self._client.ask("/openapi.json")).content
+            offers = offers and _offers_keep(document)
+        if not offers:
+            raise BackendUnsupportedError(
+                f"{self.url}: drain: preempt needs POST /sleep?mode=keep, which vLLM {version[0]}.{version[1]} does not "
+                "offer here. Upgrade it to 0.17 or later, or choose drain: wait."
+            )
+        self._has_modes = True
+
+    async def freeze(self, level: int) -> None:
+        """Send `/sleep` and confirm it. The server keeps the requests that are running, for when it is woken."""
+        await self._put_to_sleep(level, "keep")
+
+    async def _put_to_sleep(self, level: int, mode: str) -> None:
         if self._half_woken:
             # vLLM takes such a server for a sleeper: its /sleep would answer 200 and free nothing. Awake as a whole, it frees
             # everything. It stays without its weights if those had been discarded: the next wake has to reload them.
@@ -83,7 +135,7 @@ class VLLMBackend:
                 await self._step("/wake_up")
         with limit(self._timeouts.sleep, f"{self.url}: putting the model to sleep"):
             # mode=wait would let a call that timed out here put the engine to sleep after a later wake.
-            await self._step("/sleep", {"level": str(level), "mode": "abort"})
+            await self._step("/sleep", {"level": str(level), "mode": mode})
             if not await self._is_sleeping():
                 raise BackendUnsupportedError(
                     f"{self.url}: POST /sleep answered 200 but the server is still awake. Start vLLM with --enable-sleep-mode."
@@ -118,7 +170,10 @@ class VLLMBackend:
     async def _ask_for_state(self) -> BackendState:
         try:
             if self._version is None:
-                self._version = await self._supported_version()
+                version = await self._supported_version()
+                if self._freezes:
+                    await self.require_freezing()
+                self._version = version
             return BackendState.ASLEEP if await self._is_sleeping() else BackendState.AWAKE
         except (BackendUnreachableError, BackendUnsupportedError):
             raise
@@ -211,3 +266,13 @@ class VLLMBackend:
             if re.search(rf'^vllm:engine_sleep_state\{{[^}}\n]*sleep_state="{state}"[^}}\n]*\}} 1(\.0)?$', text, re.M):
                 return level
         return None
+
+
+def _offers_keep(document: bytes) -> bool:
+    """Say whether `/sleep` has the mode `keep` by the server's OpenAPI document. One that cannot be read says nothing."""
+    try:
+        sleep = msgspec.json.decode(document, type=_OpenApi).paths.get("/sleep")
+    except msgspec.DecodeError:
+        return True
+    parameters = sleep.post.parameters if sleep is not None and sleep.post is not None else []
+    return any(parameter.name == "mode" and b'"keep"' in bytes(parameter.schema) for parameter in parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import DrainMode
 from ._vocabulary import PolicyContext, PolicyDecision, Stay, SwitchContext, SwitchNow, SwitchPolicy
 
 __all__ = ["DrainingPolicy", "decide_at", "has_waited_longest", "idle_ends_at", "turn_ends_at"]
@@ -10,8 +11,11 @@ __all__ = ["DrainingPolicy", "decide_at", "has_waited_longest", "idle_ends_at", 
 class DrainingPolicy(SwitchPolicy):
     """The settings of the `policy` section of the configuration that each policy has.
 
-    `drain`: wait for running requests before the model is put to sleep; if off they are aborted at once.
-    `drain_timeout`: the longest drain in seconds; requests still running then are aborted. `None`: no deadline.
+    `drain` says what becomes of requests that run when their model has to make way: with `"wait"` (or `True`) they finish
+    first, with `"preempt"` their server keeps them and goes on with them at the model's next turn, with `"abort"` (or
+    `False`) they are aborted. `drain_timeout` is the longest drain in seconds; requests still running then are aborted, or
+    frozen. `None`: no deadline, and no drain before preemption. `max_freezes` is how often one request may be frozen: then it
+    finishes first. `max_frozen` is the longest freeze in seconds: then it is ended with an error.
     """
 
     def __init__(
@@ -20,19 +24,25 @@ class DrainingPolicy(SwitchPolicy):
         sleep_level: int,
         request_timeout: float | None,
         min_active_duration: float,
-        drain: bool,
+        drain: DrainMode | bool,
         drain_timeout: float | None,
+        max_freezes: int,
+        max_frozen: float,
     ) -> None:
         self.sleep_level = sleep_level
         self.request_timeout = request_timeout
         self.min_active_duration = min_active_duration
-        self.drain = drain
+        self.drain: DrainMode = ("wait" if drain else "abort") if isinstance(drain, bool) else drain
         self.drain_timeout = drain_timeout
+        self.max_freezes = max_freezes
+        self.max_frozen = max_frozen
 
     async def prepare_switch(self, context: SwitchContext) -> None:
-        """Drain, up to `drain_timeout` seconds, unless draining is off."""
-        if self.drain:
+        """Let running requests finish, up to `drain_timeout` seconds, or have them frozen, as `drain` says."""
+        if self.drain == "wait" or (self.drain == "preempt" and self.drain_timeout is not None):
             await context.wait_for_in_flight(self.drain_timeout)
+        if self.drain == "preempt":
+            await context.preempt(max_freezes=self.max_freezes, max_frozen=self.max_frozen)
 
 
 def has_waited_longest(context: PolicyContext) -> bool:

@@ -23,7 +23,8 @@ _POLICIES: Mapping[PolicyName, Callable[..., SwitchPolicy]] = {
 
 def build_policy(config: PolicyConfig) -> SwitchPolicy:
     """Make it. A setting that is left out has the policy's own default."""
-    own = {name: getattr(config, name) for name in ("min_active_duration", *POLICY_PARAMETERS[config.name])}
+    common = ("min_active_duration", "max_freezes", "max_frozen")
+    own = {name: getattr(config, name) for name in (*common, *POLICY_PARAMETERS[config.name])}
     return _POLICIES[config.name](
         sleep_level=config.sleep_level,
         request_timeout=config.request_timeout,

@@ -96,7 +96,7 @@ PolicyDecision: TypeAlias = SwitchNow | Defer | Stay
 class SwitchContext:
     """What a policy's `prepare_switch` may look at and wait for, between the decision to switch and the sleep call."""
 
-    __slots__ = ("_in_flight", "_wait", "from_model", "to_model")
+    __slots__ = ("_in_flight", "_preempt", "_wait", "from_model", "to_model")
 
     def __init__(
         self,
@@ -104,11 +104,13 @@ class SwitchContext:
         to_model: str,
         in_flight: Callable[[], int],
         wait: Callable[[float | None], Awaitable[bool]],
+        preempt: Callable[[int, float], Awaitable[None]],
     ) -> None:
         self.from_model = from_model
         self.to_model = to_model
         self._in_flight = in_flight
         self._wait = wait
+        self._preempt = preempt
 
     @property
     def in_flight_count(self) -> int:
@@ -121,6 +123,15 @@ class SwitchContext:
         Returns whether it was drained. May be cancelled at any time: the switch is given up if nobody waits for it.
         """
         return await self._wait(timeout)
+
+    async def preempt(self, *, max_freezes: int = 16, max_frozen: float = 300.0) -> None:
+        """Have the requests that still run frozen, in place of being aborted: they go on when `from_model` is next woken.
+
+        Returns when all that run may be: one that was frozen `max_freezes` times finishes first. One that is frozen for
+        longer than `max_frozen` seconds is ended with an error. Raises `BackendUnsupportedError` if the server of
+        `from_model` cannot keep its requests while it sleeps. May be cancelled at any time, as above.
+        """
+        await self._preempt(max_freezes, max_frozen)
 
 
 @runtime_checkable
@@ -141,6 +152,7 @@ class SwitchPolicy(Protocol):
     async def prepare_switch(self, context: SwitchContext) -> None:
         """Wait for whatever must be over before the outgoing model is put to sleep. The default drains it fully.
 
-        Requests still running when it returns are aborted by vLLM and reach their clients as an error.
+        Requests still running when it returns are aborted by vLLM and reach their clients as an error, unless
+        `context.preempt()` was called.
         """
         await context.wait_for_in_flight()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import DrainMode
 from ._base import DrainingPolicy
 from ._vocabulary import PolicyContext, PolicyDecision, SwitchNow
 
@@ -23,20 +24,20 @@ class FifoPolicy(DrainingPolicy):
         sleep_level: int = 1,
         request_timeout: float | None = 60.0,
         min_active_duration: float = 5.0,
-        drain: bool = True,
+        drain: DrainMode | bool = "wait",
         drain_timeout: float | None = None,
+        max_freezes: int = 16,
+        max_frozen: float = 300.0,
     ) -> None:
-        """Take the settings of the `policy` section of the configuration.
-
-        `drain`: wait for running requests before the model is put to sleep; if off they are aborted at once.
-        `drain_timeout`: the longest drain in seconds; requests still running then are aborted. `None`: no deadline.
-        """
+        """Take the settings of the `policy` section that each policy has."""
         super().__init__(
             sleep_level=sleep_level,
             request_timeout=request_timeout,
             min_active_duration=min_active_duration,
             drain=drain,
             drain_timeout=drain_timeout,
+            max_freezes=max_freezes,
+            max_frozen=max_frozen,
         )
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:

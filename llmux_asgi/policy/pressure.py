@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import DrainMode
 from ._base import DrainingPolicy, decide_at, turn_ends_at
 from ._vocabulary import PolicyContext, PolicyDecision, Stay
 
@@ -39,8 +40,10 @@ class PressurePolicy(DrainingPolicy):
         sleep_level: int = 1,
         request_timeout: float | None = 60.0,
         min_active_duration: float = 0.0,
-        drain: bool = True,
+        drain: DrainMode | bool = "wait",
         drain_timeout: float | None = None,
+        max_freezes: int = 16,
+        max_frozen: float = 300.0,
     ) -> None:
         """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section."""
         super().__init__(
@@ -49,6 +52,8 @@ class PressurePolicy(DrainingPolicy):
             min_active_duration=min_active_duration,
             drain=drain,
             drain_timeout=drain_timeout,
+            max_freezes=max_freezes,
+            max_frozen=max_frozen,
         )
         self.quantum = quantum
         self.linger = linger

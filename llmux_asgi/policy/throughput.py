@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import DrainMode
 from ._base import DrainingPolicy, decide_at, has_waited_longest, idle_ends_at
 from ._vocabulary import PolicyContext, PolicyDecision, Stay
 
@@ -40,8 +41,10 @@ class ThroughputPolicy(DrainingPolicy):
         sleep_level: int = 1,
         request_timeout: float | None = 60.0,
         min_active_duration: float = 0.0,
-        drain: bool = True,
+        drain: DrainMode | bool = "wait",
         drain_timeout: float | None = None,
+        max_freezes: int = 16,
+        max_frozen: float = 300.0,
     ) -> None:
         """Take `linger` and `max_wait` in seconds, and the settings of the `policy` section that each policy has."""
         super().__init__(
@@ -50,6 +53,8 @@ class ThroughputPolicy(DrainingPolicy):
             min_active_duration=min_active_duration,
             drain=drain,
             drain_timeout=drain_timeout,
+            max_freezes=max_freezes,
+            max_frozen=max_frozen,
         )
         self.linger = linger
         self.max_wait = max_wait

@@ -6,7 +6,7 @@ from collections import deque
 
 import anyio
 
-from llmux_asgi import BackendState, BackendTimeoutError, BackendUnreachableError
+from llmux_asgi import BackendState, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
 from llmux_asgi.exceptions import BackendStartError
 
 
@@ -55,6 +55,8 @@ class FakeBackend:
         self.reachable = True
         self.gates: dict[str, deque[Gate]] = {}
         self.faults: dict[str, deque[Exception]] = {}
+        self.freezes = True
+        """Whether it can keep its requests while it sleeps."""
         self.in_flight = 0
         self.levels: list[int] = []
         self.closed = 0
@@ -105,8 +107,18 @@ class FakeBackend:
             return BackendState.UNREACHABLE
         return BackendState.AWAKE if self.name in self.gpu.awake else BackendState.ASLEEP
 
+    async def require_freezing(self) -> None:
+        if not self.freezes:
+            raise BackendUnsupportedError(f"fake://{self.name}: it cannot keep requests")
+
+    async def freeze(self, level: int) -> None:
+        await self._put_to_sleep(level, "freeze")
+
     async def sleep(self, level: int) -> None:
-        self.gpu.events.append(f"sleep {self.name}")
+        await self._put_to_sleep(level, "sleep")
+
+    async def _put_to_sleep(self, level: int, how: str) -> None:
+        self.gpu.events.append(f"{how} {self.name}")
         try:
             await self._step("sleep")
         except BackendTimeoutError:
@@ -148,11 +160,11 @@ class StoppableFake(FakeBackend):
         state = await super().state()
         return BackendState.STOPPED if state is BackendState.UNREACHABLE else state
 
-    async def sleep(self, level: int) -> None:
+    async def _put_to_sleep(self, level: int, how: str) -> None:
         if self.reachable:
-            await super().sleep(level)
+            await super()._put_to_sleep(level, how)
         else:
-            self.gpu.events.append(f"sleep {self.name}")  # nothing to do
+            self.gpu.events.append(f"{how} {self.name}")  # nothing to do
 
     async def wake(self) -> None:
         self.reachable = True

@@ -45,7 +45,7 @@ def build(llm: LLMuxApp) -> Starlette:
     async def statistics(request: Request) -> Response:
         seen = llm.switcher.statistics()
         answer = {field: getattr(seen, field) for field in seen.__slots__}
-        for name in ("in_flight", "waiting", "servers", "costs"):
+        for name in ("in_flight", "waiting", "frozen", "servers", "costs"):
             answer[name] = dict(answer[name])
         return Response(msgspec.json.encode(answer), media_type="application/json")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.lowlevel
 
-from llmux_asgi import FifoPolicy, LLMuxError, Mode, ModelSwitcher, Phase, SwitchPolicy
+from llmux_asgi import FifoPolicy, Lease, LLMuxError, Mode, ModelSwitcher, Phase, SwitchPolicy
 from tests.support.fakes import GPU, FakeBackend, StoppableFake
 
 LIMIT = 5.0
@@ -26,6 +26,7 @@ class Request:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     error: LLMuxError | None = None
     interrupted: bool = False
+    lease: Lease | None = None
 
 
 class Pool:
@@ -47,6 +48,7 @@ class Pool:
         with request.scope:
             try:
                 async with self.switcher.lease(model, timeout=timeout) as lease:
+                    request.lease = lease
                     self.backends[lease.model].forward()
                     request.granted.set()
                     await request.finish.wait()
@@ -61,6 +63,8 @@ class Pool:
         statistics = self.switcher.statistics()
         assert not any(statistics.in_flight.values()), statistics
         assert not any(statistics.waiting.values()), statistics
+        assert not any(statistics.frozen.values()), statistics
+        assert not self.switcher._room.frozen
 
 
 @asynccontextmanager
@@ -106,6 +110,12 @@ async def until_phase(pool: Pool, phase: Phase) -> None:
 async def until_waiting(pool: Pool, model: str, count: int) -> None:
     """Let other tasks run until `count` requests wait for `model`."""
     while pool.switcher.statistics().waiting[model] != count:
+        await anyio.lowlevel.checkpoint()
+
+
+async def until_frozen(pool: Pool, model: str, count: int) -> None:
+    """Let other tasks run until `count` requests of `model` are frozen."""
+    while pool.switcher.statistics().frozen[model] != count:
         await anyio.lowlevel.checkpoint()
 
 
