@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from llmux_asgi import LLMuxApp
+from llmux_asgi import LLMuxApp, SwitchPolicy
 from llmux_asgi.sim import GpuLedger, SimOptions, start_sims
 from tests.support.serve import EventLoop, serve
 
@@ -85,9 +86,11 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @contextmanager
-def gateway_over(pair: Pair, loop: EventLoop = "asyncio", **options: Any) -> Iterator[tuple[LLMuxApp, str]]:
-    """Serve a gateway over the pair; yields the app and the base URL for an OpenAI client."""
-    llm = LLMuxApp(pair.config(**options))
+def gateway_over(
+    pair: Pair, loop: EventLoop = "asyncio", switches: SwitchPolicy | None = None, **options: Any
+) -> Iterator[tuple[LLMuxApp, str]]:
+    """Serve a gateway over the pair; yields the app and the base URL for an OpenAI client. `switches` is its policy."""
+    llm = LLMuxApp(pair.config(**options), policy=switches)
     with serve(Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan), loop) as url:
         yield llm, url + "/llm/v1"
 
@@ -129,8 +132,8 @@ def text_of(prompt: Prompt, content: bytes) -> tuple[str, str]:
 
 
 def directly(pair: Pair, name: str, prompts: list[Prompt]) -> list[tuple[str, str]]:
-    """Ask the server itself."""
-    server = pair.only(name)
-    with httpx.Client(base_url=server.url + "/v1", timeout=60) as client:
-        answers = [client.post(prompt.path, json=prompt.body(name)) for prompt in prompts]
+    """Ask the server itself: a real one for one answer after the other, so that none of them depends on another."""
+    server, at_once = pair.only(name), 8 if pair.kind == "sim" else 1
+    with httpx.Client(base_url=server.url + "/v1", timeout=60) as client, ThreadPoolExecutor(at_once) as threads:
+        answers = list(threads.map(lambda prompt: client.post(prompt.path, json=prompt.body(name)), prompts))
     return [text_of(prompt, answer.content) for prompt, answer in zip(prompts, answers, strict=True)]

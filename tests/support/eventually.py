@@ -21,4 +21,5 @@ def eventually(what: str, condition: Callable[[], bool], limit: float = 30.0) ->
 def is_at_rest(llm: LLMuxApp) -> bool:
     """Say whether every count is zero; a client may see the last byte just before the gateway has returned from sending it."""
     statistics = llm.switcher.statistics()
-    return not any(statistics.in_flight.values()) and not any(statistics.waiting.values())
+    counts = (statistics.in_flight, statistics.waiting, statistics.frozen)
+    return not any(any(count.values()) for count in counts)

@@ -53,6 +53,8 @@ class ScriptedServer:
     asleep: bool = False
     requests: list[Exchange] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
+    version: str = "0.32.0"
+    openapi: bytes = b'{"paths":{"/sleep":{"post":{"parameters":[{"name":"mode","schema":{"enum":["abort","keep"]}}]}}}}'
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,9 +69,13 @@ class ScriptedServer:
         if path in ("/version", "/is_sleeping", "/sleep", "/wake_up"):
             self.controls.append(path)
             self.asleep = {"/sleep": True, "/wake_up": False}.get(path, self.asleep)
-            answer = {"version": "0.32.0", "is_sleeping": self.asleep}
+            answer = {"version": self.version, "is_sleeping": self.asleep}
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": msgspec.json.encode(answer)})
+            return
+        if path == "/openapi.json":
+            await send({"type": "http.response.start", "status": 200 if self.openapi else 404, "headers": []})
+            await send({"type": "http.response.body", "body": self.openapi})
             return
         exchange = Exchange(scope["method"], path, scope["query_string"], scope["headers"], body, send, receive)
         self.requests.append(exchange)
