@@ -19,9 +19,9 @@ from tests.support.eventually import eventually, is_at_rest
 from tests.support.serve import EventLoop
 
 STREAMS = 8
-TOKENS = {"sim": 2000, "real": 300}
+TOKENS = {"sim": 2000, "real": 240}
 SHORT = Prompt(chat=True, stream=True, text="in short", max_tokens=8)
-TURN = 25
+TURN = 8
 """Tokens that each stream of a model gets before the other one has its turn."""
 ALTERNATIONS = 20
 
