@@ -37,9 +37,9 @@ class WaitingRoom:
         self.drop_deferral: Callable[[str], None] = lambda model: None
         """Called when a deferral of the model has become pointless."""
 
-    def release(self, model: str) -> None:
+    def release(self, model: str, head_start: float) -> None:
         """Count a request out."""
-        if self.state.release(model, self._clock()) and model == self.state.active:
+        if self.state.release(model, self._clock(), head_start) and model == self.state.active:
             self.drained.set()
         self.released.set()
         self.changed.set()
@@ -47,7 +47,7 @@ class WaitingRoom:
     def withdraw(self, waiter: Waiter) -> None:
         """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
         if waiter.status is TicketStatus.GRANTED:
-            self.release(waiter.model)
+            self.release(waiter.model, waiter.head_start)
         elif waiter.status is TicketStatus.WAITING:
             self.state.leave(waiter)
             if not self.state.depth(waiter.model):

@@ -395,9 +395,9 @@ async def test_a_request_that_is_sent_once_more_does_not_wait_for_longer_than_on
     pool = Pool(awake="a", request_timeouts={"a": 10.0})
     acquire, limits, bodies = pool.switcher.acquire, [], []
 
-    async def slow_acquire(model: str, *, timeout: float | None = None) -> Lease:
+    async def slow_acquire(model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:
         limits.append(timeout)
-        lease = await acquire(model, timeout=timeout)
+        lease = await acquire(model, timeout=timeout, priority=priority)
         lease.waited = 4.0
         return lease
 
