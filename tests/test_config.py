@@ -12,7 +12,17 @@ import msgspec
 import pytest
 
 import llmux_asgi
-from llmux_asgi import Config, ConfigError, LimitsConfig, ModelConfig, PolicyConfig, TimeoutsConfig, json_schema, load_config
+from llmux_asgi import (
+    Config,
+    ConfigError,
+    LimitsConfig,
+    ModelConfig,
+    ModelSwitcher,
+    PolicyConfig,
+    TimeoutsConfig,
+    json_schema,
+    load_config,
+)
 
 URL = "http://127.0.0.1:8001"
 MINIMAL = {"models": {"qwen": {"url": URL}}}
@@ -103,6 +113,8 @@ def test_everything_can_be_set() -> None:
     assert config.models["qwen"].timeouts.read is None
     assert (config.priorities, config.models["qwen"].priority) == ({"interactive": 30.0, "batch": 0.0}, "batch")
     assert (config.models["qwen"].max_waiting, config.limits.max_waiting) == (7, None)
+    switcher = ModelSwitcher.from_config(load_config({**FULL, "policy": {}, "memory": {}}))
+    assert [switcher.priority(name) for name in ("best", "llama")] == ["batch", None]
 
 
 @pytest.mark.parametrize(("ending", "text"), [("yaml", YAML), ("yml", YAML), ("toml", TOML), ("json", JSON)])

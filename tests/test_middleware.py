@@ -143,6 +143,22 @@ async def test_the_body_is_read_before_a_lease_is_taken_also_if_the_header_names
     assert held == [0, 0]
 
 
+async def test_the_class_of_a_request_is_that_of_its_lease_whether_it_waits_or_not() -> None:
+    pool = Pool(priorities={"high": 9.0, "low": 1.0}, default_priorities={"a": "low"})
+    seen = []
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["llmux.lease"].head_start)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    for headers in ({"x-llmux-priority": "high"}, {"x-llmux-priority": "high"}, {}):
+        await call(LLMuxMiddleware(inner, pool.switcher), Connection(b'{"model": "a"}', headers=headers))
+    await pool.switcher.aclose()
+    assert seen == [9.0, 9.0, 1.0]
+    pool.check()
+
+
 @pytest.mark.parametrize("headers", [{}, {"x-llmux-model": "a"}])
 async def test_a_body_is_refused_beyond_the_limit_and_not_at_it(pool: Pool, headers: dict[str, str]) -> None:
     body = b'{"model": "a"}'

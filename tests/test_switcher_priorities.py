@@ -187,7 +187,7 @@ async def refused(pool: Pool, model: str) -> LLMuxError:
 async def test_of_many_at_once_no_more_wait_than_may(options: dict[str, object], places: int) -> None:
     pool = pool_of(Clock(), **options)  # type: ignore[arg-type]
     async with running(pool) as run:
-        active = await turn_begins(pool, run)
+        active = await turn_begins(pool, run, priority="interactive")
         requests = [run.send("b", priority="interactive" if n % 2 else None) for n in range(10)]
         await until_waiting(pool, "b", places)
         errors = [request.error for request in requests if request.done.is_set()]
@@ -233,6 +233,7 @@ async def test_a_limit_of_one_model_leaves_the_others_alone() -> None:
     async with running(pool) as run:
         active = await turn_begins(pool, run)
         requests = [run.send(model) for model in "bcc"]
+        await until_waiting(pool, "b", 1)
         await until_waiting(pool, "c", 2)
         error = await refused(pool, "b")
         assert "queue for the model 'b' is full: 1 requests wait for it" in str(error)

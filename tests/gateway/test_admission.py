@@ -51,9 +51,11 @@ def test_a_class_that_does_not_exist_is_a_400_that_lists_those_that_do(
         assert served.a.requests == served.b.requests == []
 
 
-def test_a_full_queue_is_a_429_with_retry_after(loop: EventLoop) -> None:
+@pytest.mark.parametrize("which", ["all models together", "it"])
+def test_a_full_queue_is_a_429_with_retry_after(loop: EventLoop, which: str) -> None:
+    limits = ({"max_waiting": 2}, {}) if which != "it" else ({"max_waiting": 9}, {"max_waiting": 2})
     policy = {"name": "gated_quantum", "min_active_duration": 3600}
-    with gateway(loop, limits={"max_waiting": 2}, policy=policy, a={"timeouts": {"request": 2}}) as served:
+    with gateway(loop, limits=limits[0], policy=policy, a={"timeouts": {"request": 2}, **limits[1]}) as served:
         served.a.script = served.b.script = echo
         assert served.chat("b").status_code == 200  # a was found awake: it owes no turn
         with ThreadPoolExecutor(2) as threads:
@@ -63,7 +65,7 @@ def test_a_full_queue_is_a_429_with_retry_after(loop: EventLoop) -> None:
             assert response.status_code == 429
             told = error(response)
             assert (told["type"], told["code"]) == ("rate_limit_error", "rate_limit_exceeded")
-            assert "2 requests wait for all models together" in told["message"]
+            assert f"2 requests wait for {which}" in told["message"]
             assert 3590 <= int(response.headers["retry-after"]) <= 3601
             assert served.chat("b").status_code == 200  # it is active, and meets no limit
             assert {each.result().status_code for each in waiting} == {504}
