@@ -195,3 +195,23 @@ def test_a_class_that_does_not_exist_is_an_error_that_lists_those_that_do(asked:
 def test_a_models_class_has_to_exist() -> None:
     with pytest.raises(ValueError, match="the model 'a' has the priority 'urgent', which is none of"):
         Priorities({"batch": 0.0}, {"a": "urgent"})
+
+
+def test_what_a_model_has_served_is_forgotten_with_its_turn() -> None:
+    state = SwitcherState("ab")
+    state.inquire()
+    state.adopt("a")
+    state.try_admit("a", HIGH)
+    state.try_admit("a", LOW)
+    state.release("a", 7.0, HIGH)
+    assert state.served_until() == {HIGH: 7.0, LOW: BUSY}
+    state.release("a", 8.0, LOW)
+    state.enqueue(Ticket("b", 9.0, HIGH))
+    state.begin("b")
+    state.drain()
+    state.commit()
+    state.wake()
+    assert state.served_until() == {}
+    state.ready()
+    state.complete(10.0)
+    assert state.served_until() == {HIGH: BUSY}
