@@ -47,6 +47,8 @@ class _Situation:
     depths: Mapping[str, int]
     oldest_waits: Mapping[str, float]
     total_waits: Mapping[str, float]
+    head_starts: Mapping[str, float]
+    served_until: Mapping[float, float]
     sleep_costs: Mapping[str, float]
     wake_costs: Mapping[str, float]
 
@@ -136,6 +138,8 @@ class Decider:
             MappingProxyType({model: state.depth(model) for model in waiting}),
             MappingProxyType({model: now - state.waiting_since(model) for model in waiting}),
             MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
+            MappingProxyType({model: state.head_start(model) for model in waiting}),
+            MappingProxyType(state.served_until()),
             *self._costs(),
         )
 
@@ -154,6 +158,8 @@ class Decider:
             queue_depths=situation.depths,
             oldest_waits=situation.oldest_waits,
             total_waits=situation.total_waits,
+            head_starts=situation.head_starts,
+            served_until=situation.served_until,
             sleep_costs=situation.sleep_costs,
             wake_costs=situation.wake_costs,
         )

@@ -7,7 +7,7 @@ reach into a step that is on the wire.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -79,6 +79,10 @@ class Driver:
         """Be usable on another event loop: a lock that was used on one does not work on the next."""
         if self._lock is not None and not self._lock.locked():
             self._lock = None
+
+    def costs(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """The estimates of sleep and of wake, in seconds by model; empty while nothing is known."""
+        return self._steps.costs()
 
     def wake(self) -> None:
         """Somebody has come to wait: decide, in a task that ends when nobody waits any more."""

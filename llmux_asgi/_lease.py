@@ -115,7 +115,18 @@ class Lease:
     If the model is put to sleep all the same (draining off, a deadline passed), the lease is void from then on.
     """
 
-    __slots__ = ("_activation", "_released", "_switcher", "context", "freezes", "frozen_time", "model", "switch", "waited")
+    __slots__ = (
+        "_activation",
+        "_released",
+        "_switcher",
+        "context",
+        "freezes",
+        "frozen_time",
+        "head_start",
+        "model",
+        "switch",
+        "waited",
+    )
 
     def __init__(
         self,
@@ -124,6 +135,7 @@ class Lease:
         model: str,
         waited: float = 0.0,
         switch: SpanContext | None = None,
+        head_start: float = 0.0,
     ) -> None:
         self._switcher = switcher
         self._activation = activation
@@ -135,6 +147,8 @@ class Lease:
         """For how many seconds the request waited for its model."""
         self.switch = switch
         """The span of the switch that it waited for, if it waited for one."""
+        self.head_start = head_start
+        """The head start of the request's priority class, in seconds."""
         self.freezes = 0
         """How often a switch has frozen the request."""
         self.frozen_time = 0.0
@@ -184,7 +198,7 @@ class Lease:
         if not self._released:
             self._released = True
             self._activation.leases.discard(self)
-            self._switcher._release(self.model, frozen=self._activation.freeze is not None)
+            self._switcher._release(self.model, self.head_start, frozen=self._activation.freeze is not None)
 
     def distrust(self) -> None:
         """Report that the server did not behave as an awake one does: every server is asked before the next request."""
@@ -196,8 +210,8 @@ class Waiter(Ticket):
 
     __slots__ = ("activation", "context", "error", "event", "switch")
 
-    def __init__(self, model: str, since: float) -> None:
-        super().__init__(model, since)
+    def __init__(self, model: str, since: float, head_start: float = 0.0) -> None:
+        super().__init__(model, since, head_start)
         self.event = anyio.Event()
         self.context = otel_context.get_current()
         self.error: Callable[[], LLMuxError] | None = None

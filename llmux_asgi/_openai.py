@@ -14,6 +14,7 @@ from .exceptions import (
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
+    QueueFullError,
     QueueTimeoutError,
     SwitchError,
     UnknownModelError,
@@ -22,6 +23,7 @@ from .exceptions import (
 
 __all__ = [
     "INFERENCE_ROUTES",
+    "PRIORITY_HEADER",
     "ErrorAnswer",
     "Headers",
     "InterruptedAnswer",
@@ -75,8 +77,10 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
-# Answers are looked into, event by event, so they must come as they are.
-_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding"}
+PRIORITY_HEADER = b"x-llmux-priority"
+"""Request header that names the request's priority class."""
+# Answers are looked into, event by event, so they must come as they are. A priority is the gateway's affair.
+_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", PRIORITY_HEADER}
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
 
@@ -176,6 +180,8 @@ def describe(exc: LLMuxError) -> ErrorAnswer:
             return error_answer(413, text, "invalid_request_error", "request_too_large")
         case InvalidRequestError():
             return error_answer(400, text, "invalid_request_error", None, param=exc.param)
+        case QueueFullError():
+            return error_answer(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=exc.retry_after)
         case QueueTimeoutError():
             return error_answer(504, text, "server_error", "model_queue_timeout", retry_after=exc.retry_after)
         case SwitchError():

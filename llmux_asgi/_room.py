@@ -39,15 +39,15 @@ class WaitingRoom:
         self.drop_deferral: Callable[[str], None] = lambda model: None
         """Called when a deferral of the model has become pointless."""
 
-    def release(self, model: str, *, frozen: bool = False) -> None:
+    def release(self, model: str, head_start: float, *, frozen: bool = False) -> None:
         """Count a request out, which may have been frozen."""
         if frozen:
-            self.state.release_frozen(model)
+            self.state.release_frozen(model, self._clock(), head_start)
             if not self.state.frozen(model):
                 self.frozen.pop(model, None)
             if not self.state.depth(model):
                 self._nobody_waits(model)
-        elif self.state.release(model, self._clock()) and model == self.state.active:
+        elif self.state.release(model, self._clock(), head_start) and model == self.state.active:
             self.drained.set()
         self.released.set()
         self.changed.set()
@@ -61,7 +61,8 @@ class WaitingRoom:
     def withdraw(self, waiter: Waiter) -> None:
         """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
         if waiter.status is TicketStatus.GRANTED:
-            self.release(waiter.model)
+            frozen = waiter.activation is not None and waiter.activation.freeze is not None
+            self.release(waiter.model, waiter.head_start, frozen=frozen)
         elif waiter.status is TicketStatus.WAITING:
             self.state.leave(waiter)
             if not self.state.depth(waiter.model):

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ._estimates import ModelCosts
+from ._queue import Ticket, TicketQueue, TicketStatus
 
 __all__ = ["Mode", "Phase", "SwitcherState", "SwitcherStatistics", "Ticket", "TicketStatus"]
 
@@ -59,26 +60,6 @@ class Phase(enum.Enum):
     """The target is waking. Everything else is confirmed out of memory."""
     READY = "ready"
     """The target is awake as far as its server says, and being probed."""
-
-
-class TicketStatus(enum.Enum):
-    """What became of a waiting request."""
-
-    WAITING = "waiting"
-    GRANTED = "granted"
-    REFUSED = "refused"
-    LEFT = "left"
-
-
-class Ticket:
-    """A request's place in the queue of its model."""
-
-    __slots__ = ("model", "since", "status")
-
-    def __init__(self, model: str, since: float) -> None:
-        self.model = model
-        self.since = since
-        self.status = TicketStatus.WAITING
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +108,10 @@ class SwitcherState:
         self._frozen = dict.fromkeys(self._in_flight, 0)
         self._frozen_since = dict.fromkeys(self._in_flight, 0.0)
         self._last_active: dict[str, None] = {}
-        # Tickets in order of arrival; a dict, so that one in the middle leaves in O(1).
-        self._queues: dict[str, dict[Ticket, None]] = {model: {} for model in self._in_flight}
-        # The sum of each queue's times of arrival, so that the sum of its waits is known without a walk through it.
-        self._arrivals = dict.fromkeys(self._in_flight, 0.0)
+        self._queues = {model: TicketQueue() for model in self._in_flight}
+        # By model and head start: the leases held. By head start: when the active model's last one was released.
+        self._held: dict[str, dict[float, int]] = {model: {} for model in self._in_flight}
+        self._served_until: dict[float, float] = {}
         self._switches = self._abandoned = self._failures = 0
 
     # Requests
@@ -140,45 +121,45 @@ class SwitcherState:
         serving = self.mode is Mode.ACTIVE or (self.phase is Phase.COOLDOWN and not self._doubted)
         return serving and self.active == model
 
-    def try_admit(self, model: str) -> bool:
+    def try_admit(self, model: str, head_start: float = 0.0) -> bool:
         """Count a request in, if its model admits."""
         if not self.admits(model):
             return False
         self._in_flight[model] += 1
+        self._hold(model, head_start)
         return True
 
     def enqueue(self, ticket: Ticket) -> None:
-        """Put a request at the end of its model's queue."""
+        """Put a request into its model's queue."""
         _require(not self.admits(ticket.model) and ticket.status is TicketStatus.WAITING)
-        self._queues[ticket.model][ticket] = None
-        self._arrivals[ticket.model] += ticket.since
+        self._queues[ticket.model].add(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Take a waiting request out of its queue: from now on it counts nowhere."""
         _require(ticket.status is TicketStatus.WAITING)
-        del self._queues[ticket.model][ticket]
-        # Set back when it is empty, so that what rounding leaves does not add up.
-        self._arrivals[ticket.model] = self._arrivals[ticket.model] - ticket.since if self._queues[ticket.model] else 0.0
+        self._queues[ticket.model].remove(ticket)
         ticket.status = TicketStatus.LEFT
 
     def refuse(self, model: str) -> list[Ticket]:
         """Empty a model's queue; the tickets are refused."""
         return self._empty(model, TicketStatus.REFUSED)
 
-    def release(self, model: str, now: float) -> bool:
-        """Count a request out. Returns whether it was the model's last."""
+    def release(self, model: str, now: float, head_start: float = 0.0) -> bool:
+        """Count a request out that was counted in with this `head_start`. Returns whether it was the model's last."""
         _require(self._in_flight[model] > 0)
         self._in_flight[model] -= 1
+        self._let_go(model, now, head_start)
         if self._in_flight[model]:
             return False
         if model == self.active:
             self._idle_since = now
         return True
 
-    def release_frozen(self, model: str) -> None:
+    def release_frozen(self, model: str, now: float, head_start: float = 0.0) -> None:
         """Count a frozen request out."""
         _require(self._frozen[model] > 0)
         self._frozen[model] -= 1
+        self._let_go(model, now, head_start)
 
     def in_flight(self, model: str | None) -> int:
         """How many requests `model` is serving."""
@@ -187,6 +168,20 @@ class SwitcherState:
     def idle_for(self, now: float) -> float:
         """For how many seconds the active model has served nobody: 0.0 if it serves or none is active."""
         return now - self._idle_since if self.active is not None and not self._in_flight[self.active] else 0.0
+
+    def served_until(self) -> dict[float, float]:
+        """By head start, until when the active model has served requests of it in its turn; infinity if it does so now."""
+        held = self._held[self.active] if self.active is not None else {}
+        return {**self._served_until, **dict.fromkeys(held, math.inf)}
+
+    def queued(self, model: str) -> int:
+        """How many requests are in the queue of `model`."""
+        return len(self._queues[model])
+
+    @property
+    def all_queued(self) -> int:
+        """How many requests are in the queues of all models."""
+        return sum(map(len, self._queues.values()))
 
     def frozen(self, model: str) -> int:
         """How many requests of `model` are frozen."""
@@ -197,21 +192,29 @@ class SwitcherState:
         return len(self._queues[model]) + self._frozen[model]
 
     def waiting_since(self, model: str) -> float:
-        """Since when the request that has waited longest for `model` does so. There must be one."""
-        frozen = self._frozen_since[model] if self._frozen[model] else math.inf
-        return min(frozen, next(iter(self._queues[model])).since) if self._queues[model] else frozen
+        """Since when the longest of the waits for `model` counts, head start included. There must be one."""
+        frozen = self._frozen_since[model] - max(self._held[model]) if self._frozen[model] else math.inf
+        return min(frozen, self._queues[model].counts_since) if self._queues[model] else frozen
 
     def total_wait(self, model: str, now: float) -> float:
-        """The sum of the times in seconds that the requests for `model` have waited, in its queue or frozen."""
-        queued = len(self._queues[model]) * now - self._arrivals[model]
-        return max(0.0, queued + self._frozen[model] * (now - self._frozen_since[model]))
+        """The sum of the times in seconds that the requests for `model` have waited, head starts included."""
+        queued = self._queues[model].total_wait(now)
+        if not self._frozen[model]:
+            return queued
+        head_starts = sum(head_start * count for head_start, count in self._held[model].items())
+        return queued + head_starts + self._frozen[model] * (now - self._frozen_since[model])
+
+    def head_start(self, model: str) -> float:
+        """The largest head start in seconds of those who wait for `model`."""
+        queued = self._queues[model].head_start
+        return max(queued, *self._held[model]) if self._frozen[model] else queued
 
     def waiters(self, model: str) -> tuple[Ticket, ...]:
-        """Those in the queue of `model`, in order of arrival."""
+        """Those in the queue of `model`, the longest wait first, head starts included."""
         return tuple(self._queues[model])
 
     def waiting_models(self) -> list[str]:
-        """The models with waiting requests, the one that has waited longest first."""
+        """The models with waiting requests, the one that has waited longest first, head starts included."""
         return sorted(filter(self.depth, self._queues), key=self.waiting_since)
 
     def by_use(self, models: Iterable[str]) -> list[str]:
@@ -339,6 +342,7 @@ class SwitcherState:
 
     def _activate(self, model: str | None, since: float) -> None:
         self.active, self.active_since, self._idle_since = model, since, since
+        self._served_until = {}
         self.queued_at_activation = 0
         if model is not None:
             self.queued_at_activation = self.depth(model)
@@ -361,12 +365,25 @@ class SwitcherState:
     def _grant(self, model: str) -> list[Ticket]:
         granted = self._empty(model, TicketStatus.GRANTED)
         self._in_flight[model] += len(granted)
+        for ticket in granted:
+            self._hold(model, ticket.head_start)
         return granted
 
+    def _hold(self, model: str, head_start: float) -> None:
+        held = self._held[model]
+        held[head_start] = held.get(head_start, 0) + 1
+
+    def _let_go(self, model: str, now: float, head_start: float) -> None:
+        held = self._held[model]
+        _require(held.get(head_start, 0) > 0)
+        held[head_start] -= 1
+        if not held[head_start]:
+            del held[head_start]
+            if model == self.active:
+                self._served_until[head_start] = now
+
     def _empty(self, model: str, status: TicketStatus) -> list[Ticket]:
-        tickets = list(self._queues[model])
-        self._queues[model].clear()
-        self._arrivals[model] = 0.0
+        tickets = self._queues[model].clear()
         for ticket in tickets:
             ticket.status = status
         return tickets

@@ -47,6 +47,7 @@ __all__ = [
 
 # A finite number: a year is as good as for ever.
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
+PositiveInt: TypeAlias = Annotated[int, Meta(gt=0)]
 PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
 SleepLevel: TypeAlias = Literal[1, 2, 3]
 ProbeKind: TypeAlias = Literal["none", "token", "fingerprint"]
@@ -145,6 +146,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = "none"
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
     costs: CostsConfig = msgspec.field(default_factory=CostsConfig)
+    priority: Annotated[_Name | None, Meta(description="Class of requests that name none; null: none.")] = None
+    max_waiting: Annotated[
+        PositiveInt | None,
+        Meta(description="How many requests may wait for this model; more get a 429. null: no limit."),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.url is not None:
@@ -266,6 +272,10 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat: Annotated[
         PositiveSeconds, Meta(description="Pause between two comments in the stream of a request that is frozen.")
     ] = 10.0
+    max_waiting: Annotated[
+        PositiveInt | None,
+        Meta(description="How many requests may wait, for all models together; more get a 429. null: no limit."),
+    ] = 1000
     shutdown: Annotated[Seconds, Meta(description="Time that running requests have to end in when the gateway stops.")] = 30.0
 
     def __post_init__(self) -> None:
@@ -288,6 +298,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         dict[_Name, ModelConfig],
         Meta(description="Models by the name that clients use.", extra_json_schema={"minProperties": 1}),
     ]
+    priorities: Annotated[
+        dict[_Name, Seconds],
+        Meta(description="Priority classes, each with its head start: the seconds that its requests count as having waited."),
+    ] = {}
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
@@ -295,6 +309,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if not self.models:
             raise _ValueConfigError("models", "name at least one model")
+        for name, model in self.models.items():
+            if model.priority is not None and model.priority not in self.priorities:
+                known = f"one of {', '.join(self.priorities)}" if self.priorities else "none, for there are no priorities"
+                raise _ValueConfigError(f"models.{name}.priority", f"{model.priority!r} must be {known}")
         servers: dict[tuple[str, str], str] = {}
         for name, model in self.models.items():
             if model.url is None:

@@ -6,6 +6,7 @@
     ├── InvalidRequestError         the request names no model, or is not JSON
     │   └── BodyTooLargeError       the request's body exceeds the limit
     ├── UnknownModelError           no model of that name or alias is configured
+    ├── QueueFullError              too many requests wait already
     ├── QueueTimeoutError           the model did not become active within `request_timeout`
     ├── SwitchError                 the switch that the request waited for failed, or is backing off
     ├── InterruptedRequestError     a switch aborted the request while it ran
@@ -40,6 +41,7 @@ __all__ = [
     "InvalidRequestError",
     "LLMuxError",
     "PolicyError",
+    "QueueFullError",
     "QueueTimeoutError",
     "SwitchError",
     "UnknownModelError",
@@ -60,7 +62,7 @@ class PolicyError(LLMuxError):
 
 
 class InvalidRequestError(LLMuxError):
-    """The request cannot be understood. `param` is the offending field of the body, `None` for the body itself."""
+    """The request cannot be understood. `param` is the offending field or parameter, `None` for the body itself."""
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -81,6 +83,15 @@ class UnknownModelError(LLMuxError):
     def __init__(self, model: str) -> None:
         super().__init__(f"The model {model!r} does not exist. GET /v1/models lists the models served here.")
         self.model = model
+
+
+class QueueFullError(LLMuxError):
+    """As many requests wait as may. `retry_after`: in how many seconds the model is expected to be active."""
+
+    def __init__(self, model: str, reason: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(f"The queue for the model {model!r} is full: {reason}. Send the request again later.")
+        self.model = model
+        self.retry_after = retry_after
 
 
 class QueueTimeoutError(LLMuxError):

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
 from ._lease import Lease
-from ._openai import INFERENCE_ROUTES, content_length, describe, model_of, read_fields
+from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
 from .exceptions import (
     BodyTooLargeError,
@@ -41,7 +41,8 @@ class LLMuxMiddleware:
     It acts on POST requests whose path, below any mount prefix, is one of `paths`; everything else (other paths and
     methods, websockets, lifespan) reaches `app` untouched. The body is read up to `max_body` bytes and handed on whole; the
     model is named by the header `x-llmux-model`, else by the JSON in the body. Requests for models that the switcher does
-    not know are answered with a 404, or with `unknown="pass"` go to `app` without a lease.
+    not know are answered with a 404, or with `unknown="pass"` go to `app` without a lease. The header `x-llmux-priority` names
+    the request's priority class.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
     """
@@ -87,6 +88,7 @@ class _Responder:
         self._body: bytes | None = None
         self._replayed = False
         self._waited = 0.0
+        self._priority: str | None = None
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
@@ -101,6 +103,9 @@ class _Responder:
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
+                self._priority = self._switcher.priority(model, self._header(PRIORITY_HEADER))
+                if self._priority is not None:
+                    self._span.set_attribute(names.PRIORITY, self._priority)
                 await self._answer(model)
             elif self._middleware.unknown == "pass":
                 await self._middleware.app(self._scope, self._replay, self._watch_answer)
@@ -131,7 +136,7 @@ class _Responder:
             await self._attempt(model, last=True)
 
     async def _attempt(self, model: str, *, last: bool) -> None:
-        lease = self._switcher.try_acquire(model) or await self._wait_for_lease(model)
+        lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
         if lease is None:
             return
         self._lease = lease
@@ -156,7 +161,8 @@ class _Responder:
                 try:
                     # What it has waited for the first time counts, if it is sent once more.
                     limit = self._switcher.request_timeout(model)
-                    lease = await self._switcher.acquire(model, timeout=limit and max(0.0, limit - self._waited))
+                    timeout = limit and max(0.0, limit - self._waited)
+                    lease = await self._switcher.acquire(model, timeout=timeout, priority=self._priority)
                 except LLMuxError as exc:
                     error = exc
                 tasks.cancel_scope.cancel()
@@ -172,13 +178,15 @@ class _Responder:
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
-        wanted = MODEL_HEADER.encode("ascii")
-        for name, value in self._scope["headers"]:
-            if name == wanted:
-                return str(value.decode("latin-1"))
+        if (named := self._header(MODEL_HEADER.encode("ascii"))) is not None:
+            return named
         fields = read_fields(self._body or b"")
         self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, fields.stream is True)
         return model_of(fields)
+
+    def _header(self, wanted: bytes) -> str | None:
+        headers: Headers = self._scope["headers"]
+        return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""

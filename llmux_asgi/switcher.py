@@ -17,10 +17,12 @@ from types import MappingProxyType
 
 import anyio
 
+from ._admission import Priorities, QueueLimits
 from ._backoff import Backoff
 from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
+from ._forecast import next_turn_in
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._room import WaitingRoom
@@ -54,8 +56,11 @@ class ModelSwitcher:
     override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
     seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
     out of it within `memory_settle` seconds. `costs` is what a sleep and a wake are estimated to take before they were
-    measured; `estimates` is the path of a JSON file that keeps what was measured, and is read now. `clock` gives monotonic
-    seconds.
+    measured; `estimates` is the path of a JSON file that keeps what was measured, and is read now.
+
+    `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
+    requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
+    how many by model. `clock` gives monotonic seconds.
     """
 
     def __init__(
@@ -71,6 +76,10 @@ class ModelSwitcher:
         memory_settle: float = 5.0,
         costs: Mapping[str, ModelCosts] | None = None,
         estimates: str | os.PathLike[str] | None = None,
+        priorities: Mapping[str, float] | None = None,
+        default_priorities: Mapping[str, str] | None = None,
+        max_waiting: int | None = 1000,
+        queue_limits: Mapping[str, int] | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,6 +90,8 @@ class ModelSwitcher:
         self._policy: SwitchPolicy = policy or FifoPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
+        self._priorities = Priorities(priorities or {}, default_priorities or {})
+        self._limits = QueueLimits(max_waiting, queue_limits or {})
         self._backoff = Backoff(*backoff)
         self.telemetry = telemetry or Telemetry()
         self._clock = clock
@@ -143,6 +154,10 @@ class ModelSwitcher:
             memory_settle=config.memory.settle,
             costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
             estimates=config.policy.estimates,
+            priorities=config.priorities,
+            default_priorities={name: model.priority for name, model in config.models.items() if model.priority is not None},
+            max_waiting=config.limits.max_waiting,
+            queue_limits={name: model.max_waiting for name, model in config.models.items() if model.max_waiting is not None},
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
@@ -159,41 +174,57 @@ class ModelSwitcher:
         return self._names.get(name)
 
     @asynccontextmanager
-    async def lease(self, model: str, *, timeout: float | None = None) -> AsyncIterator[Lease]:
+    async def lease(self, model: str, *, timeout: float | None = None, priority: str | None = None) -> AsyncIterator[Lease]:
         """Wait until `model` is active and hold it awake inside the block.
 
         Raises what `acquire` raises. May be cancelled at any time.
         """
-        lease = await self.acquire(model, timeout=timeout)
+        lease = await self.acquire(model, timeout=timeout, priority=priority)
         try:
             yield lease
         finally:
             lease.release()
 
-    def try_acquire(self, model: str) -> Lease | None:
-        """Return a lease if `model` (a name or an alias) is active now, else `None`. Takes no lock and does not wait."""
-        name = self.resolve(model)
-        if name is None or self._closers or not self._state.try_admit(name):
-            return None
-        return Lease(self, self._room.activation, name)
+    def priority(self, model: str, asked: str | None = None) -> str | None:
+        """Return the priority class of a request for `model` that asks for the class `asked`, or for none.
 
-    async def acquire(self, model: str, *, timeout: float | None = None) -> Lease:
+        `None`: it has no class. Raises `InvalidRequestError` if there is no such class.
+        """
+        return self._priorities.choose(self.resolve(model) or model, asked)
+
+    def try_acquire(self, model: str, *, priority: str | None = None) -> Lease | None:
+        """Return a lease if `model` (a name or an alias) is active now, else `None`. Takes no lock and does not wait.
+
+        Raises `InvalidRequestError` if there is no class `priority`.
+        """
+        name = self.resolve(model)
+        if name is None or self._closers:
+            return None
+        head_start = self._priorities.head_start(self._priorities.choose(name, priority))
+        if not self._state.try_admit(name, head_start):
+            return None
+        return Lease(self, self._room.activation, name, head_start=head_start)
+
+    async def acquire(self, model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:
         """Wait for a lease on `model` (a name or an alias); the caller has to release it.
 
-        `timeout` in seconds replaces the `request_timeout` of the model or policy. Raises `UnknownModelError`,
-        `QueueTimeoutError`, `SwitchError` or `PolicyError`.
+        `timeout` in seconds replaces the `request_timeout` of the model or policy, `priority` the model's class. Raises
+        `UnknownModelError`, `InvalidRequestError` (no such class), `QueueFullError`, `QueueTimeoutError`, `SwitchError` or
+        `PolicyError`.
         """
         name = self.resolve(model)
         if name is None:
             raise UnknownModelError(model)
-        if lease := self.try_acquire(name):
+        head_start = self._priorities.head_start(self._priorities.choose(name, priority))
+        if lease := self.try_acquire(name, priority=priority):
             return lease
         if self._closers:
             raise SwitchError(name, CLOSING)
         self._refuse_while_backing_off(name)
         if timeout is None:
             timeout = self.request_timeout(name)
-        waiter = Waiter(name, self._clock())
+        self._limits.check(self._state, name, lambda: self._next_turn_in(name))
+        waiter = Waiter(name, self._clock(), head_start)
         self._state.enqueue(waiter)
         self._driver.wake()
         try:
@@ -204,12 +235,12 @@ class ModelSwitcher:
             raise
         waited = self._clock() - waiter.since
         if waiter.status is TicketStatus.GRANTED:
-            return Lease(self, waiter.activation or self._room.activation, name, waited, waiter.switch)
+            return Lease(self, waiter.activation or self._room.activation, name, waited, waiter.switch, head_start)
         if waiter.error is not None:
             raise waiter.error()
-        reason = self._state.describe()
+        reason, pause = self._state.describe(), self._next_turn_in(name)
         self._room.withdraw(waiter)
-        raise QueueTimeoutError(name, waited, reason, retry_after=max(1.0, self._policy.min_active_duration))
+        raise QueueTimeoutError(name, waited, reason, retry_after=pause)
 
     def request_timeout(self, model: str) -> float | None:
         """The longest wait of a request for `model` in seconds, `None`: no limit."""
@@ -336,8 +367,12 @@ class ModelSwitcher:
         if self._estimates_file is not None:
             self._estimates_file.save(self._estimates)
 
-    def _release(self, model: str, *, frozen: bool) -> None:
-        self._room.release(model, frozen=frozen)
+    def _release(self, model: str, head_start: float, *, frozen: bool) -> None:
+        self._room.release(model, head_start, frozen=frozen)
+
+    def _next_turn_in(self, model: str) -> float:
+        policy, costs = self._policy, self._driver.costs()
+        return next_turn_in(self._state, model, self._clock(), costs, policy.min_active_duration, policy.expected_turn)
 
     def _refuse_while_backing_off(self, model: str) -> None:
         if failure := self._backoff.pausing(model, self._clock()):

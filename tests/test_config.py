@@ -12,7 +12,17 @@ import msgspec
 import pytest
 
 import llmux_asgi
-from llmux_asgi import Config, ConfigError, LimitsConfig, ModelConfig, PolicyConfig, TimeoutsConfig, json_schema, load_config
+from llmux_asgi import (
+    Config,
+    ConfigError,
+    LimitsConfig,
+    ModelConfig,
+    ModelSwitcher,
+    PolicyConfig,
+    TimeoutsConfig,
+    json_schema,
+    load_config,
+)
 
 URL = "http://127.0.0.1:8001"
 MINIMAL = {"models": {"qwen": {"url": URL}}}
@@ -25,6 +35,8 @@ FULL: dict[str, Any] = {
             "sleep_level": 2,
             "timeouts": {"request": 10, "connect": 1, "probe": 2.5, "sleep": 30, "wake": 60, "read": None},
             "costs": {"sleep": 1.5, "wake": 8},
+            "priority": "batch",
+            "max_waiting": 7,
         },
         "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
         "own": {
@@ -61,8 +73,10 @@ FULL: dict[str, Any] = {
         "backoff_max": 8,
         "health_interval": None,
         "heartbeat": 4,
+        "max_waiting": None,
         "shutdown": 3,
     },
+    "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
 }
 YAML = """
@@ -87,7 +101,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert config.policy == PolicyConfig(
         name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain="wait", drain_timeout=None
     )
-    assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0)
+    assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0, max_waiting=1000)
+    assert config.priorities == {}
     assert config.models["qwen"].timeouts == TimeoutsConfig(connect=5.0, probe=5.0, sleep=120.0, wake=300.0, read=600.0)
 
 
@@ -99,6 +114,10 @@ def test_everything_can_be_set() -> None:
     assert msgspec.to_builtins(config)["memory"] == FULL["memory"]
     assert config.models["own"].command == ("vllm", "serve", "own", "--port", "{port}")
     assert config.models["qwen"].timeouts.read is None
+    assert (config.priorities, config.models["qwen"].priority) == ({"interactive": 30.0, "batch": 0.0}, "batch")
+    assert (config.models["qwen"].max_waiting, config.limits.max_waiting) == (7, None)
+    switcher = ModelSwitcher.from_config(load_config({**FULL, "policy": {}, "memory": {}}))
+    assert [switcher.priority(name) for name in ("best", "llama")] == ["batch", None]
 
 
 def test_preemption_can_be_set() -> None:
@@ -192,6 +211,14 @@ def model(**values: Any) -> dict[str, Any]:
             ),
         ),
         (model(server="tgi"), "$.models.qwen.server: invalid enum value 'tgi' (one of: vllm, sglang, llama.cpp, ollama)"),
+        (model(priority="high"), "$.models.qwen.priority: 'high' must be none, for there are no priorities"),
+        (
+            {**model(priority="high"), "priorities": {"interactive": 30, "batch": 0}},
+            "$.models.qwen.priority: 'high' must be one of interactive, batch",
+        ),
+        ({**MINIMAL, "priorities": {"low": -1}}, "$.priorities[...]: expected `float` >= 0.0"),
+        (model(max_waiting=0), "$.models.qwen.max_waiting: expected `int` >= 1"),
+        ({**MINIMAL, "limits": {"max_waiting": 0}}, "$.limits.max_waiting: expected `int` >= 1"),
         (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),
         (model(preload=True), "$.models.qwen.preload: has no effect without a command"),
         (

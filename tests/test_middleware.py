@@ -143,6 +143,22 @@ async def test_the_body_is_read_before_a_lease_is_taken_also_if_the_header_names
     assert held == [0, 0]
 
 
+async def test_the_class_of_a_request_is_that_of_its_lease_whether_it_waits_or_not() -> None:
+    pool = Pool(priorities={"high": 9.0, "low": 1.0}, default_priorities={"a": "low"})
+    seen = []
+
+    async def inner(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["llmux.lease"].head_start)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    for headers in ({"x-llmux-priority": "high"}, {"x-llmux-priority": "high"}, {}):
+        await call(LLMuxMiddleware(inner, pool.switcher), Connection(b'{"model": "a"}', headers=headers))
+    await pool.switcher.aclose()
+    assert seen == [9.0, 9.0, 1.0]
+    pool.check()
+
+
 @pytest.mark.parametrize("headers", [{}, {"x-llmux-model": "a"}])
 async def test_a_body_is_refused_beyond_the_limit_and_not_at_it(pool: Pool, headers: dict[str, str]) -> None:
     body = b'{"model": "a"}'
@@ -395,9 +411,9 @@ async def test_a_request_that_is_sent_once_more_does_not_wait_for_longer_than_on
     pool = Pool(awake="a", request_timeouts={"a": 10.0})
     acquire, limits, bodies = pool.switcher.acquire, [], []
 
-    async def slow_acquire(model: str, *, timeout: float | None = None) -> Lease:
+    async def slow_acquire(model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:
         limits.append(timeout)
-        lease = await acquire(model, timeout=timeout)
+        lease = await acquire(model, timeout=timeout, priority=priority)
         lease.waited = 4.0
         return lease
 

@@ -16,6 +16,7 @@ from llmux_asgi import (
     InvalidRequestError,
     LLMuxError,
     PolicyError,
+    QueueFullError,
     QueueTimeoutError,
     SwitchError,
     UnknownModelError,
@@ -91,6 +92,7 @@ def test_only_the_model_changes(content: dict[str, Any], model: str) -> None:
         (UnknownModelError("x"), 404, "model_not_found", None),
         (InvalidRequestError("x", param="model"), 400, None, None),
         (BodyTooLargeError(5), 413, "request_too_large", None),
+        (QueueFullError("x", "why", retry_after=70.5), 429, "rate_limit_exceeded", 71),
         (QueueTimeoutError("x", 1.0, "why", retry_after=2.1), 504, "model_queue_timeout", 3),
         (SwitchError("x", "why", retry_after=0.2), 503, "model_switch_failed", 1),
         (InterruptedRequestError("x"), 503, "request_interrupted", 1),
@@ -104,7 +106,8 @@ def test_every_error_has_its_status_and_code(error: LLMuxError, status: int, cod
     content = json.loads(answer.body)["error"]
     assert (answer.status, content["code"], answer.retry_after) == (status, code, retry_after)
     assert content["message"] == str(error)
-    assert content["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
+    assert content["type"] == (kind if status < 500 else "server_error")
     headers = dict(answer.headers)
     assert headers[b"content-length"] == str(len(answer.body)).encode()
     assert headers.get(b"retry-after") == (str(retry_after).encode() if retry_after else None)

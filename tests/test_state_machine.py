@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -10,6 +12,7 @@ from llmux_asgi._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
 
 MODELS = ("a", "b", "c")
 models = st.sampled_from(MODELS)
+head_starts = st.sampled_from([0.0, 0.5, 30.0])
 
 
 class SwitcherStateMachine(RuleBasedStateMachine):
@@ -20,7 +23,10 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.state = SwitcherState(MODELS)
         self.now = 0.0
         self.awake: str | None = None
-        self.holding: dict[str, int] = dict.fromkeys(MODELS, 0)
+        self.holding: dict[str, list[float]] = {model: [] for model in MODELS}
+        """The head start of each lease."""
+        self.served_until: dict[float, float] = {}
+        """When the last request of each head start was over, in the active model's turn."""
         self.queue: list[Ticket] = []
         self.doubted = False
         """Whether something is doubted that has not been verified since."""
@@ -30,17 +36,17 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         for ticket in granted:
             assert ticket.status is TicketStatus.GRANTED
             assert ticket.model == self.awake, "granted although its model is not awake"
-            self.holding[ticket.model] += 1
+            self.holding[ticket.model].append(ticket.head_start)
         self.queue = [ticket for ticket in self.queue if ticket.status is TicketStatus.WAITING]
 
-    @rule(model=models, seconds=st.floats(0, 2))
-    def arrive(self, model: str, seconds: float) -> None:
+    @rule(model=models, seconds=st.floats(0, 2), head_start=head_starts)
+    def arrive(self, model: str, seconds: float, head_start: float) -> None:
         self.now += seconds
-        if self.state.try_admit(model):
+        if self.state.try_admit(model, head_start):
             assert self.awake == model, "forwarded to a sleeping server"
-            self.holding[model] += 1
+            self.holding[model].append(head_start)
         else:
-            ticket = Ticket(model, self.now)
+            ticket = Ticket(model, self.now, head_start)
             self.state.enqueue(ticket)
             self.queue.append(ticket)
 
@@ -48,8 +54,11 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         model = data.draw(st.sampled_from([m for m in MODELS if self.holding[m]]))
-        self.holding[model] -= 1
-        assert self.state.release(model, self.now) is (self.holding[model] == 0)
+        head_start = data.draw(st.sampled_from(self.holding[model]))
+        self.holding[model].remove(head_start)
+        if model == self.state.active and head_start not in self.holding[model]:
+            self.served_until[head_start] = self.now
+        assert self.state.release(model, self.now, head_start) is (not self.holding[model])
 
     @precondition(lambda self: self.queue)
     @rule(data=st.data())
@@ -60,7 +69,9 @@ class SwitcherStateMachine(RuleBasedStateMachine):
 
     @rule(model=models)
     def refuse(self, model: str) -> None:
-        assert self.state.refuse(model) == [ticket for ticket in self.queue if ticket.model == model]
+        refused = self.state.refuse(model)
+        assert set(refused) == {ticket for ticket in self.queue if ticket.model == model}
+        assert [t.counts_since for t in refused] == [t.counts_since for t in self.in_order(model)]
         self.settle([])
 
     @precondition(lambda self: self.state.mode is Mode.UNKNOWN)
@@ -70,6 +81,8 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.doubted = False
         if doubt:
             self.distrust()
+        if self.awake != self.state.active:
+            self.served_until = {}
         self.settle(self.state.adopt(self.awake))
 
     @rule()
@@ -103,6 +116,7 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         assert not any(self.holding.values()), "put to sleep while leases were held"
         self.awake = None
         self.state.wake()
+        self.served_until = {}
         self.doubted = False
 
     @precondition(lambda self: self.state.phase in (Phase.WAKE, Phase.READY))
@@ -138,14 +152,35 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @invariant()
     def counts_agree_with_the_books(self) -> None:
         statistics = self.state.snapshot()
-        assert dict(statistics.in_flight) == self.holding
+        assert dict(statistics.in_flight) == {model: len(held) for model, held in self.holding.items()}
         assert dict(statistics.waiting) == {m: sum(t.model == m for t in self.queue) for m in MODELS}
 
     @invariant()
     def the_sum_of_the_waits_agrees_with_the_books(self) -> None:
         for model in MODELS:
-            waits = [self.now - ticket.since for ticket in self.queue if ticket.model == model]
+            waits = [self.now - ticket.since + ticket.head_start for ticket in self.queue if ticket.model == model]
             assert abs(self.state.total_wait(model, self.now) - sum(waits)) < 1e-6
+
+    def in_order(self, model: str) -> list[Ticket]:
+        """The queue of a model, the longest wait first."""
+        return sorted((t for t in self.queue if t.model == model), key=lambda t: t.since - t.head_start)
+
+    @invariant()
+    def the_order_goes_by_the_waits_with_their_head_starts(self) -> None:
+        queues = {model: queue for model in MODELS if (queue := self.in_order(model))}
+        first = {model: queue[0].since - queue[0].head_start for model, queue in queues.items()}
+        assert self.state.waiting_models() == sorted(first, key=first.__getitem__)
+        for model, queue in queues.items():
+            assert self.state.waiting_since(model) == first[model]
+            assert [t.counts_since for t in self.state.waiters(model)] == [t.counts_since for t in queue]
+            assert self.state.head_start(model) == max(ticket.head_start for ticket in queue)
+            assert self.state.queued(model) == len(queue)
+        assert self.state.all_queued == len(self.queue)
+
+    @invariant()
+    def what_is_served_and_was_agrees_with_the_books(self) -> None:
+        held = self.holding[self.state.active] if self.state.active is not None else []
+        assert self.state.served_until() == {**self.served_until, **dict.fromkeys(held, math.inf)}
 
     @invariant()
     def the_active_model_is_idle_if_nobody_is_served(self) -> None:

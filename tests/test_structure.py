@@ -27,7 +27,7 @@ LAYERS = [
     ["policy._base"],
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
-    ["policy", "_state", "_openai", "_backoff", "telemetry"],
+    ["policy", "_queue", "_state", "_openai", "_admission", "_forecast", "_backoff", "telemetry"],
     ["_body", "_spawn", "_estimates_file", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
     [
         "backends.vllm",
@@ -47,7 +47,7 @@ LAYERS = [
     ["sim", "simulate", "cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-PURE = ["exceptions", "config", *POLICIES, "_estimates", "_state", "_openai", "_backoff"]
+PURE = ["exceptions", "config", *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_openai", "_backoff"]
 
 
 def module_of(path: Path) -> str:

@@ -7,18 +7,25 @@ and come back; time limits pass. After every step the invariants are checked, an
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from llmux_asgi import BackendError, BackendTimeoutError, FifoPolicy, LLMuxError, Mode
+from llmux_asgi import BackendError, BackendTimeoutError, FifoPolicy, LLMuxError, Mode, QueueFullError
 from tests.support.fakes import Gate
 from tests.support.pool import Pool, Request
 
 pytestmark = pytest.mark.anyio
 
 STEPS = 10_000
+MAX_WAITING = 8
+ADMISSION: dict[str, Any] = {
+    "priorities": {"high": 1.0, "low": 0.1},
+    "default_priorities": {"a": "low"},
+    "max_waiting": MAX_WAITING,
+}
 
 
 class Walk:
@@ -29,16 +36,18 @@ class Walk:
         self.steps = steps
         self.now = 0.0
         policy = FifoPolicy(min_active_duration=0, request_timeout=None)
-        self.pool = Pool(policy, clock=lambda: self.now, backoff=(1.0, 4.0), stoppable=stoppable)
+        self.pool = Pool(policy, clock=lambda: self.now, backoff=(1.0, 4.0), stoppable=stoppable, **ADMISSION)
         self.requests: list[Request] = []
         self.gates: list[Gate] = []
-        self.served = self.failed = 0
+        self.served = self.failed = self.refused = 0
 
-    async def client(self, request: Request, model: str) -> None:
-        await self.pool.request(request, model)
+    async def client(self, request: Request, model: str, priority: str | None) -> None:
+        await self.pool.request(request, model, priority=priority)
         self.requests.remove(request)
         if request.error is None:
             self.served += 1
+        elif isinstance(request.error, QueueFullError):
+            self.refused += 1
         else:
             assert isinstance(request.error, LLMuxError)
             self.failed += 1
@@ -54,7 +63,8 @@ class Walk:
             case "arrive" if len(self.requests) < 12:
                 request = Request()
                 self.requests.append(request)
-                tasks.start_soon(self.client, request, self.random.choice(models))
+                priority = self.random.choice(["high", "low", None])
+                tasks.start_soon(self.client, request, self.random.choice(models), priority)
             case "finish" if running := [r for r in self.requests if r.granted.is_set() and not r.finish.is_set()]:
                 self.random.choice(running).finish.set()
             case "leave" if self.requests:
@@ -84,6 +94,7 @@ class Walk:
     def check(self) -> None:
         gpu, statistics = self.pool.gpu, self.pool.switcher.statistics()
         assert gpu.violations == []
+        assert sum(statistics.waiting.values()) <= MAX_WAITING
         if statistics.mode is Mode.ACTIVE:
             active = self.pool.backends[statistics.active_model or ""]
             assert active.name in gpu.awake or not active.reachable
@@ -121,6 +132,7 @@ async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps
     # The walk must have gone everywhere, else it proves nothing.
     assert walk.served > STEPS / 20
     assert walk.failed > 0
+    assert walk.refused > 0
     assert statistics.switches > 100
     assert statistics.abandoned > 10
     assert statistics.failures > 10

@@ -27,7 +27,7 @@ from llmux_asgi.telemetry import Telemetry, inject_headers
 from tests.gateway.conftest import gateway
 from tests.gateway.scripts import echo
 from tests.support.otlp import receive_spans
-from tests.support.pool import LIMIT, Pool, running, until_phase
+from tests.support.pool import LIMIT, Pool, running, until_phase, until_waiting
 from tests.support.serve import EventLoop, serve
 from tests.support.upstream import Exchange, Script, ScriptedServer
 from tests.test_middleware import Connection, Inner, call
@@ -191,6 +191,41 @@ async def test_the_configured_name_is_told_beside_the_alias_that_was_used() -> N
     [request] = recorded.named("llmux.request")
     assert request.attributes is not None
     assert (request.attributes["gen_ai.request.model"], request.attributes["llmux.model"]) == ("gpt", "a")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("asked", "told"), [({"x-llmux-priority": "high"}, "high"), ({}, "low")])
+async def test_a_request_has_its_priority_class(asked: dict[str, str], told: str) -> None:
+    recorded = Recorded()
+    priorities = {"priorities": {"high": 9.0, "low": 0.0}, "default_priorities": {"a": "low"}}
+    pool = Pool(awake="a", telemetry=recorded.telemetry, **priorities)  # type: ignore[arg-type]
+    for model in "ab":
+        connection = Connection(b'{"model": "%s"}' % model.encode(), headers=asked)
+        await call(LLMuxMiddleware(Inner(pool), pool.switcher), connection)
+    seen = [(each.attributes or {}).get("llmux.priority") for each in recorded.named("llmux.request")]
+    assert seen == [told, asked.get("x-llmux-priority")]
+
+
+@pytest.mark.anyio
+async def test_a_refused_request_is_counted_with_its_status_and_is_an_error_of_its_span() -> None:
+    recorded = Recorded()
+    pool = Pool(awake="a", telemetry=recorded.telemetry, queue_limits={"b": 1})
+    gate = pool.backends["b"].gate("wake")
+    first, second = Connection(b'{"model": "b"}'), Connection(b'{"model": "b"}')
+    with anyio.fail_after(LIMIT):
+        async with anyio.create_task_group() as tasks:
+            middleware = LLMuxMiddleware(Inner(pool), pool.switcher)
+            tasks.start_soon(middleware, first.scope, first.receive, first.send)
+            await until_waiting(pool, "b", 1)
+            await middleware(second.scope, second.receive, second.send)
+            gate.open.set()
+        await pool.switcher.aclose()
+    assert (first.status, second.status) == (201, 429)
+    refused = recorded.named("llmux.request")[0]
+    assert (refused.attributes or {})["error.type"] == "QueueFullError"
+    assert (refused.attributes or {})["http.response.status_code"] == 429
+    counted = {point.attributes["http.response.status_code"]: point.value for point in recorded.metric("llmux.requests")}
+    assert counted == {201: 1, 429: 1}
 
 
 @pytest.mark.anyio

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from ..config import DrainMode
 from ._vocabulary import PolicyContext, PolicyDecision, Stay, SwitchContext, SwitchNow, SwitchPolicy
 
-__all__ = ["DrainingPolicy", "decide_at", "has_waited_longest", "idle_ends_at", "turn_ends_at"]
+__all__ = ["DrainingPolicy", "decide_at", "has_waited_longest", "idle_ends_at", "reached_at", "turn_ends_at"]
 
 
 class DrainingPolicy(SwitchPolicy):
@@ -46,19 +49,38 @@ class DrainingPolicy(SwitchPolicy):
 
 
 def has_waited_longest(context: PolicyContext) -> bool:
-    """Say whether nobody has waited for longer than the target's oldest request."""
+    """Say whether nobody has waited for longer than the target's longest wait."""
     return context.oldest_waiting >= max(context.oldest_waits.values(), default=context.oldest_waiting)
 
 
 def turn_ends_at(context: PolicyContext, quantum: float, linger: float) -> float:
     """When the active model's turn is over for the target's sake, on the clock of `context.now`, as things stand.
 
-    That is when it has been active for `quantum` times the estimated cost of the switch, or idle for `linger` seconds.
+    That is when it has been active for `quantum` times the estimated cost of the switch, or idle for `linger` seconds. If
+    somebody with a larger head start waits for the target than the active model serves, it is sooner, by the difference.
     """
     if context.active_model is None:
         return context.now
-    spent = context.active_since + quantum * context.switch_cost(context.active_model, context.target_model)
-    return min(spent, idle_ends_at(context, linger))
+    length = quantum * context.switch_cost(context.active_model, context.target_model)
+    head_start = context.head_starts.get(context.target_model, 0.0)
+
+    def spent(served: float) -> float:
+        return context.active_since + max(0.0, length - max(0.0, head_start - served))
+
+    return min(reached_at(context, linger, spent), idle_ends_at(context, linger))
+
+
+def reached_at(context: PolicyContext, linger: float, time: Callable[[float], float]) -> float:
+    """When `time(h)` has come, h being the largest head start that the active model serves then, as things stand.
+
+    A head start counts as served for `linger` seconds beyond the last request that had it: a client that comes again and again
+    is still there between two of its requests. The larger h, the later is `time(h)`.
+    """
+    end, since = math.inf, context.now
+    for served, until in sorted(context.served_until.items(), reverse=True):
+        end = min(end, max(since, time(served)))
+        since = max(since, until + linger)
+    return min(end, max(since, time(0.0)))
 
 
 def idle_ends_at(context: PolicyContext, linger: float) -> float:

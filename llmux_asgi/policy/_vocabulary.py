@@ -20,7 +20,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PolicyContext:
-    """What a policy sees when it is asked whether to switch to `target_model`."""
+    """What a policy sees when it is asked whether to switch to `target_model`.
+
+    All waits are those that count: a request with a head start of H seconds (its priority class has one) has waited for H
+    seconds when it comes.
+    """
 
     target_model: str
     """The model that has waiting requests and is not active."""
@@ -29,7 +33,7 @@ class PolicyContext:
     target_queue_depth: int
     """How many requests wait for `target_model`, at least 1."""
     oldest_waiting: float
-    """For how many seconds the oldest of them has waited."""
+    """The longest of their waits, in seconds."""
     active_in_flight: int
     """How many requests the active model is serving now; 0 if none is active."""
 
@@ -48,9 +52,14 @@ class PolicyContext:
     queue_depths: Mapping[str, int] = field(default_factory=dict, compare=False)
     """How many requests wait, by model; the longest wait comes first, and models that nobody waits for are left out."""
     oldest_waits: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """For how many seconds the oldest of them has waited, by model, in the same order."""
+    """The longest of their waits, in seconds, by model, in the same order."""
     total_waits: Mapping[str, float] = field(default_factory=dict, compare=False)
-    """The sum of the times that they have waited, in seconds, by model, in the same order."""
+    """The sum of their waits, in seconds, by model, in the same order."""
+    head_starts: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """The largest of their head starts, in seconds, by model, in the same order."""
+    served_until: Mapping[float, float] = field(default_factory=dict, compare=False)
+    """The head starts of the requests that the active model has served since it became active, each with the time until which
+    it did; infinity if it is serving such a request now."""
     sleep_costs: Mapping[str, float] = field(default_factory=dict, compare=False)
     """The estimate of what putting each model to sleep takes, in seconds; empty while nothing is known of any model."""
     wake_costs: Mapping[str, float] = field(default_factory=dict, compare=False)
@@ -148,6 +157,13 @@ class SwitchPolicy(Protocol):
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
         """Say whether to switch to `context.target_model`. Called often: answer at once and do not block."""
         ...
+
+    def expected_turn(self, switch_cost: float) -> float:
+        """Estimate for how many seconds a model stays active while others wait, if leaving it costs `switch_cost` seconds.
+
+        Nothing is decided by it: clients that have to come back later are told when.
+        """
+        return self.min_active_duration
 
     async def prepare_switch(self, context: SwitchContext) -> None:
         """Wait for whatever must be over before the outgoing model is put to sleep. The default drains it fully.

@@ -15,6 +15,9 @@ class FifoPolicy(DrainingPolicy):
     Bound on a wait, with N models, switch cost C (sleep + wake, seconds), drain deadline D and min_active_duration M:
     (N - 1) * (M + D + C) + M + D + C. Without `drain_timeout` D is the longest running answer.
 
+    With priorities, H being the largest head start and h the request's own: that, plus H - h. Only those that come within
+    H - h seconds after it can pass it.
+
     It is simple and fair between models, and it thrashes when requests for several models alternate.
     """
 

@@ -27,6 +27,13 @@ class PressurePolicy(DrainingPolicy):
     for once a request has waited for `max_wait`, only those that came before it can pass: the turn under way, N - 2 more at
     most, then its own. A switch that fails, with its back-off, comes on top.
 
+    With priorities, H being the largest head start and h the request's own, it is
+
+        max(max_wait, H) - h + N·(max(κ·C, m) + D + C)
+
+    Head starts count in W_j and for `max_wait`: keep them below it, else whoever has one comes before all that is weighed. A
+    turn ends sooner across classes as it does under `GatedQuantumPolicy`.
+
     Source: max-weight scheduling (Tassiulas and Ephremides, 1992) with waiting times for weights, divided by the switchover
     time so that dear switches need more to be worth it; `max_wait` bounds what max-weight alone does not.
     """
@@ -66,6 +73,10 @@ class PressurePolicy(DrainingPolicy):
             return decide_at(end, context.now)
         # By then it may have the largest pressure.
         return Stay(until=end) if end > context.now else Stay()
+
+    def expected_turn(self, switch_cost: float) -> float:
+        """Return κ·`switch_cost`, at least `min_active_duration`."""
+        return max(self.quantum * switch_cost, self.min_active_duration)
 
     def _next(self, context: PolicyContext) -> str:
         """The model whose turn is next. Of equals the one that has waited longest: it comes first in the context."""

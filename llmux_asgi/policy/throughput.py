@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..config import DrainMode
-from ._base import DrainingPolicy, decide_at, has_waited_longest, idle_ends_at
-from ._vocabulary import PolicyContext, PolicyDecision, Stay
+from ._base import DrainingPolicy, decide_at, has_waited_longest, idle_ends_at, reached_at
+from ._vocabulary import PolicyContext, PolicyDecision, Stay, SwitchNow
 
 __all__ = ["ThroughputPolicy"]
 
@@ -15,7 +15,7 @@ class ThroughputPolicy(DrainingPolicy):
     Rule: leave the active model i for j, the model whose oldest request has waited longest, as soon as
 
     - i has served nobody for `linger` seconds, or
-    - that request has waited for `max_wait` seconds.
+    - that request has waited for `max_wait` seconds, and for the largest head start that i serves on top of that.
 
     It makes the fewest switches, for work that has time: batches, evaluations at night. Choose `max_wait` large against a whole
     round, N·(D + C): with less, a round takes longer than `max_wait` under full load, every turn is cut short, and it
@@ -28,6 +28,9 @@ class ThroughputPolicy(DrainingPolicy):
 
     for once a request has waited for `max_wait`, only those that came before it can pass: the turn under way, N - 2 more at
     most, then its own. A switch that fails, with its back-off, comes on top.
+
+    With priorities, H being the largest head start and h the request's own: that, plus H - h. The head start counts in the wait
+    and for the active model alike, so that requests of one class leave each other's turns alone.
 
     Source: exhaustive service in polling systems (Takagi, *Analysis of Polling Systems*, 1986), which is the rule that wastes
     the least time on switching and, without a cap, lets a busy model starve the rest.
@@ -63,7 +66,11 @@ class ThroughputPolicy(DrainingPolicy):
         """`SwitchNow` if the active model is idle or the cap is reached, for the model that has waited longest; else `Stay`."""
         if not has_waited_longest(context):
             return Stay()
-        if context.active_model is None or context.oldest_waiting >= self.max_wait:
-            return decide_at(context.now, context.now)
-        cap = context.now + (self.max_wait - context.oldest_waiting)
+        if context.active_model is None:
+            return SwitchNow()
+        cap = reached_at(context, self.linger, lambda served: context.now + (self.max_wait + served - context.oldest_waiting))
         return decide_at(min(cap, idle_ends_at(context, self.linger)), context.now)
+
+    def expected_turn(self, switch_cost: float) -> float:
+        """At most as long as the longest wait may become."""
+        return max(self.max_wait, self.min_active_duration)

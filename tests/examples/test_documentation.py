@@ -148,7 +148,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
     assert {key: row[1].strip("`") for key, row in documented.items()} == keys
     for key, (_, default, unit, meaning) in documented.items():
         assert meaning.endswith("."), key
-        timed = key.startswith(("models.NAME.timeouts.", "models.NAME.costs.", "limits.backoff"))
+        timed = key.startswith(("models.NAME.timeouts.", "models.NAME.costs.", "limits.backoff", "priorities"))
         timed = timed or key.endswith(
             ("timeout", "duration", "interval", "shutdown", "settle", "linger", "max_wait", "heartbeat", "max_frozen")
         )
@@ -177,6 +177,7 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
         exceptions.InvalidRequestError: exceptions.InvalidRequestError("why"),
         exceptions.BodyTooLargeError: exceptions.BodyTooLargeError(1),
         exceptions.UnknownModelError: exceptions.UnknownModelError("m"),
+        exceptions.QueueFullError: exceptions.QueueFullError("m", "why"),
         exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
         exceptions.SwitchError: exceptions.SwitchError("m", "why"),
         exceptions.InterruptedRequestError: exceptions.InterruptedRequestError("m"),

@@ -132,7 +132,7 @@ def test_the_queue_timeout_is_a_504_with_retry_after(loop: EventLoop) -> None:
         assert served.chat("b").status_code == 200  # a was found awake: no cooldown is owed
         response = served.chat("a")  # b was just woken, and stays active for a minute
         assert (response.status_code, error(response)["code"]) == (504, "model_queue_timeout")
-        assert response.headers["retry-after"] == "60"
+        assert response.headers["retry-after"] in ("60", "61")  # and the switch, which takes a moment
         assert "switching to 'a' from 'b' (0 in flight), in the phase 'cooldown'" in error(response)["message"]
 
 

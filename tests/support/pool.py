@@ -43,11 +43,11 @@ class Pool:
             **options,  # type: ignore[arg-type]
         )
 
-    async def request(self, request: Request, model: str, timeout: float | None = None) -> None:
+    async def request(self, request: Request, model: str, timeout: float | None = None, priority: str | None = None) -> None:
         """Take a lease and hold it until the test says so."""
         with request.scope:
             try:
-                async with self.switcher.lease(model, timeout=timeout) as lease:
+                async with self.switcher.lease(model, timeout=timeout, priority=priority) as lease:
                     request.lease = lease
                     self.backends[lease.model].forward()
                     request.granted.set()
@@ -86,12 +86,12 @@ class Runner:
         self._pool = pool
         self._tasks = tasks
 
-    def send(self, model: str, *, timeout: float | None = None, finish: bool = False) -> Request:
+    def send(self, model: str, *, timeout: float | None = None, priority: str | None = None, finish: bool = False) -> Request:
         """Start a request; with `finish` it ends as soon as it is served."""
         request = Request()
         if finish:
             request.finish.set()
-        self._tasks.start_soon(self._pool.request, request, model, timeout)
+        self._tasks.start_soon(self._pool.request, request, model, timeout, priority)
         return request
 
     async def served(self, model: str) -> Request:
