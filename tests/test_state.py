@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -322,3 +323,78 @@ def test_a_model_that_is_still_awake_after_a_failed_switch_keeps_its_time() -> N
     state.inquire()
     state.adopt("b")
     assert state.active_since == 7.0
+
+
+# Frozen requests
+
+
+def frozen(*head_starts: float, queue: tuple[float, ...] = ()) -> SwitcherState:
+    """The model a was active and its requests, of these head starts, were frozen at 10.0; then others queued for it at 20.0."""
+    state = active("a")
+    for head_start in head_starts:
+        assert state.try_admit("a", head_start)
+    queued(state, "b")
+    state.begin("b")
+    state.drain()
+    assert state.commit()
+    state.freeze(10.0)
+    state.wake()
+    state.ready()
+    state.complete(11.0)
+    for head_start in queue:
+        state.enqueue(Ticket("a", 20.0, head_start))
+    return state
+
+
+def test_frozen_requests_wait_since_the_freeze_and_are_no_part_of_the_queue() -> None:
+    state = frozen(0.0, 0.0, queue=(0.0,))
+    assert (state.in_flight("a"), state.frozen("a"), state.queued("a"), state.depth("a")) == (0, 2, 1, 3)
+    assert state.waiting_models() == ["a"]
+    assert state.waiting_since("a") == 10.0
+    assert state.total_wait("a", 30.0) == 20.0 + 20.0 + 10.0
+    assert (state.snapshot().frozen["a"], state.snapshot().waiting["a"]) == (2, 1)
+
+
+def test_frozen_requests_keep_their_head_start() -> None:
+    state = frozen(0.0, 5.0, queue=(3.0,))
+    assert (state.waiting_since("a"), state.head_start("a")) == (5.0, 5.0)
+    assert state.total_wait("a", 30.0) == 20.0 + (20.0 + 5.0) + (10.0 + 3.0)
+    state.release_frozen("a", 30.0, 5.0)
+    assert (state.waiting_since("a"), state.head_start("a")) == (10.0, 3.0)
+    assert state.total_wait("a", 30.0) == 20.0 + (10.0 + 3.0)
+    state.release_frozen("a", 30.0)
+    assert (state.waiting_since("a"), state.frozen("a"), state.depth("a")) == (17.0, 0, 1)
+    with pytest.raises(RuntimeError, match="illegal transition"):
+        state.release_frozen("a", 30.0)
+
+
+def test_frozen_requests_are_served_again_when_their_model_is_active() -> None:
+    state = frozen(0.0, 5.0, queue=(3.0,))
+    state.begin("a")
+    state.drain()
+    assert state.commit()
+    state.freeze(40.0)
+    state.wake()
+    state.ready()
+    assert len(state.complete(41.0)) == 1
+    assert (state.in_flight("a"), state.frozen("a"), state.queued_at_activation) == (3, 0, 3)
+    assert (state.frozen("b"), state.waiting_since("b")) == (1, 40.0)
+    assert state.served_until() == dict.fromkeys((0.0, 5.0, 3.0), math.inf)
+    for head_start in (0.0, 5.0, 3.0):
+        state.release("a", 50.0, head_start)
+    assert state.idle_for(51.0) == 1.0
+
+
+def test_a_switch_for_frozen_requests_alone_is_begun_and_given_up_as_any() -> None:
+    state = frozen(0.0)
+    state.begin("a")
+    state.drain()
+    state.release_frozen("a", 12.0)
+    assert not state.commit()
+
+
+def test_only_requests_of_a_model_that_was_put_to_sleep_are_frozen() -> None:
+    state = active("a")
+    state.try_admit("a")
+    with pytest.raises(RuntimeError, match="illegal transition"):
+        state.freeze(1.0)

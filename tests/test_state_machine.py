@@ -25,6 +25,9 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         self.awake: str | None = None
         self.holding: dict[str, list[float]] = {model: [] for model in MODELS}
         """The head start of each lease."""
+        self.frozen: dict[str, list[float]] = {model: [] for model in MODELS}
+        """The same of each lease whose request is frozen."""
+        self.frozen_since: dict[str, float] = {}
         self.served_until: dict[float, float] = {}
         """When the last request of each head start was over, in the active model's turn."""
         self.queue: list[Ticket] = []
@@ -32,7 +35,10 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         """Whether something is doubted that has not been verified since."""
 
     def settle(self, granted: list[Ticket]) -> None:
-        """Take the granted tickets over into the books."""
+        """Take the granted tickets over into the books, and those that were frozen if their model is active."""
+        if self.state.active is not None:
+            self.holding[self.state.active] += self.frozen[self.state.active]
+            self.frozen[self.state.active] = []
         for ticket in granted:
             assert ticket.status is TicketStatus.GRANTED
             assert ticket.model == self.awake, "granted although its model is not awake"
@@ -85,6 +91,28 @@ class SwitcherStateMachine(RuleBasedStateMachine):
             self.served_until = {}
         self.settle(self.state.adopt(self.awake))
 
+    @precondition(lambda self: self.state.mode is Mode.UNKNOWN and self.awake and self.awake == self.state.active)
+    @rule()
+    def reconcile_with_a_model_that_fell_asleep_over_a_freeze(self) -> None:
+        self.freeze()
+        self.awake = None
+        self.reconcile(doubt=False)
+
+    def freeze(self) -> None:
+        assert self.state.active is not None
+        self.state.freeze(self.now)
+        if held := self.holding[self.state.active]:
+            self.frozen[self.state.active], self.holding[self.state.active] = held, []
+            self.frozen_since[self.state.active] = self.now
+
+    @precondition(lambda self: any(self.frozen.values()))
+    @rule(data=st.data())
+    def release_frozen(self, data: st.DataObject) -> None:
+        model = data.draw(st.sampled_from([m for m in MODELS if self.frozen[m]]))
+        head_start = data.draw(st.sampled_from(self.frozen[model]))
+        self.frozen[model].remove(head_start)
+        self.state.release_frozen(model, self.now, head_start)
+
     @rule()
     def distrust(self) -> None:
         self.state.distrust()
@@ -100,12 +128,12 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     def drain(self) -> None:
         self.state.drain()
 
-    @precondition(lambda self: self.state.phase is Phase.DRAIN and not self.state.in_flight(self.state.active))
+    @precondition(lambda self: self.state.phase is Phase.DRAIN)
     @rule()
     def commit(self) -> None:
         target = self.state.target
         assert target is not None
-        wanted = any(ticket.model == target for ticket in self.queue)
+        wanted = any(ticket.model == target for ticket in self.queue) or bool(self.frozen[target])
         assert self.state.commit() is wanted
         if not wanted:
             self.settle(self.state.abandon())
@@ -113,6 +141,8 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.state.phase is Phase.SLEEP)
     @rule()
     def sleep(self) -> None:
+        if self.state.active is not None:
+            self.freeze()
         assert not any(self.holding.values()), "put to sleep while leases were held"
         self.awake = None
         self.state.wake()
@@ -154,12 +184,18 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         statistics = self.state.snapshot()
         assert dict(statistics.in_flight) == {model: len(held) for model, held in self.holding.items()}
         assert dict(statistics.waiting) == {m: sum(t.model == m for t in self.queue) for m in MODELS}
+        assert dict(statistics.frozen) == {model: len(held) for model, held in self.frozen.items()}
 
     @invariant()
     def the_sum_of_the_waits_agrees_with_the_books(self) -> None:
         for model in MODELS:
-            waits = [self.now - ticket.since + ticket.head_start for ticket in self.queue if ticket.model == model]
+            waits = [self.now - since + head_start for since, head_start in self.waits(model)]
             assert abs(self.state.total_wait(model, self.now) - sum(waits)) < 1e-6
+
+    def waits(self, model: str) -> list[tuple[float, float]]:
+        """Since when, and with which head start, those wait that wait for a model."""
+        frozen = [(self.frozen_since[model], head_start) for head_start in self.frozen[model]]
+        return [(ticket.since, ticket.head_start) for ticket in self.queue if ticket.model == model] + frozen
 
     def in_order(self, model: str) -> list[Ticket]:
         """The queue of a model, the longest wait first."""
@@ -167,13 +203,14 @@ class SwitcherStateMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_order_goes_by_the_waits_with_their_head_starts(self) -> None:
-        queues = {model: queue for model in MODELS if (queue := self.in_order(model))}
-        first = {model: queue[0].since - queue[0].head_start for model, queue in queues.items()}
+        waits = {model: each for model in MODELS if (each := self.waits(model))}
+        first = {model: min(since - head_start for since, head_start in each) for model, each in waits.items()}
         assert self.state.waiting_models() == sorted(first, key=first.__getitem__)
-        for model, queue in queues.items():
-            assert self.state.waiting_since(model) == first[model]
+        for model in MODELS:
+            queue = self.in_order(model)
+            assert self.state.waiting_since(model) == first[model] if model in first else not self.state.depth(model)
             assert [t.counts_since for t in self.state.waiters(model)] == [t.counts_since for t in queue]
-            assert self.state.head_start(model) == max(ticket.head_start for ticket in queue)
+            assert self.state.head_start(model) == max((head_start for _, head_start in waits.get(model, [])), default=0.0)
             assert self.state.queued(model) == len(queue)
         assert self.state.all_queued == len(self.queue)
 

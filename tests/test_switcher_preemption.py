@@ -23,7 +23,8 @@ from llmux_asgi import (
     SwitchNow,
     SwitchPolicy,
 )
-from llmux_asgi._lease import Freeze, Lease
+from llmux_asgi._lease import Freeze, Lease, Waiter
+from llmux_asgi._state import TicketStatus
 from tests.support.pool import LIMIT, Pool, Request, Runner, running, until_frozen, until_phase, until_waiting
 
 pytestmark = pytest.mark.anyio
@@ -421,3 +422,77 @@ async def test_a_bug_in_a_backend_does_not_cost_the_running_requests() -> None:
         long.finish.set()
         await long.done.wait()
     assert not long.interrupted
+
+
+async def test_a_half_woken_server_is_put_to_sleep_without_losing_its_frozen_requests() -> None:
+    """The first wake fails: it is put to sleep as far as it is awake, and woken again."""
+    policy = OneByOne()
+    pool = Pool(policy, awake="a")
+    a = pool.backends["a"]
+    async with running(pool) as runner:
+        frozen, other = await interrupt(runner)
+        a.fail("wake", FAILURE)
+        a.fail("sleep", BackendTimeoutError("too late"))  # so that a sleep call of its own is still to come
+        policy.wanted = "c"
+        third = await runner.served("c")
+        policy.wanted = "a"
+        for request in (other, third):
+            request.finish.set()
+        await until_frozen(pool, "a", 0)
+        frozen.finish.set()
+        await frozen.done.wait()
+    assert not frozen.interrupted
+    assert not [event for event in pool.gpu.events if event == "sleep a"]
+
+
+async def test_servers_that_give_no_clear_answer_are_not_asked_without_a_pause_for_frozen_requests() -> None:
+    policy = OneByOne()
+    pool = Pool(policy, awake="a")
+    async with running(pool) as runner:
+        frozen, other = await interrupt(runner)
+        b = pool.backends["b"]
+        b.fail("state", BackendTimeoutError("too late"), times=1000)
+        asked = b.asked
+        pool.switcher.distrust()
+        while b.asked == asked:
+            await anyio.lowlevel.checkpoint()
+        for _ in range(200):
+            await anyio.lowlevel.checkpoint()
+        assert b.asked == asked + 1
+        b.faults.clear()
+        policy.wanted = "a"
+        other.finish.set()  # which is a change: they are asked again at once
+        await until_frozen(pool, "a", 0)
+        frozen.finish.set()
+
+
+async def test_a_later_sleep_that_somebody_else_sent_is_no_freeze() -> None:
+    """What a server was told by others aborts its requests."""
+    policy = OneByOne()
+    pool = Pool(policy, awake="a")
+    async with running(pool) as runner:
+        frozen, other = await interrupt(runner)
+        pool.gpu.awake.clear()
+        await pool.switcher.reconcile()
+        assert (pool.switcher.statistics().frozen["b"], pool.switcher.statistics().frozen["a"]) == (0, 1)
+        for request in (frozen, other):
+            request.finish.set()
+        await other.done.wait()
+    assert other.interrupted
+    assert not frozen.interrupted
+
+
+async def test_a_request_that_was_granted_and_frozen_before_it_ran_leaves_in_order() -> None:
+    """Its lease was granted, and its client left before it could take it."""
+    pool = Pool(OneByOne(), awake="a")
+    async with running(pool) as runner:
+        frozen, other = await interrupt(runner)
+        switcher = pool.switcher
+        waiter = Waiter("a", 0.0)
+        waiter.activation, waiter.status = lease_of(frozen)._activation, TicketStatus.GRANTED
+        switcher._state._frozen["a"] += 1
+        switcher._state._hold("a", 0.0)
+        switcher._room.withdraw(waiter)
+        assert switcher.statistics().frozen["a"] == 1
+        for request in (frozen, other):
+            request.finish.set()
