@@ -1,6 +1,6 @@
 """Makes a tiny random Llama that a real vLLM can serve, with a tokenizer and a chat template of its own.
 
-Run by the vLLM environment's interpreter, which has torch and transformers: `python tiny_model.py FOLDER SEED`.
+Run by the vLLM environment's interpreter, which has torch and transformers: `python tiny_model.py FOLDER SEED LAYERS HIDDEN`.
 `ensure_model` does that once a seed and keeps the result in the cache folder; it needs the standard library only.
 
 What the model is made for:
@@ -29,6 +29,8 @@ __all__ = ["ModelBuildError", "ensure_model"]
 
 _VOCABULARY = 512
 _CONTEXT = 1024
+_LAYERS = 12
+_HIDDEN = 256
 _SENTENCE = (
     "the quick brown fox jumps over the lazy dog while seven sleeping models share one warm graphics card, and the "
     "gateway wakes whichever of them a client asks for; nobody else notices. été café naïve größe über façade smørrebrød "
@@ -44,8 +46,10 @@ class ModelBuildError(RuntimeError):
     """The tiny model could not be made. The message quotes the end of the maker's output."""
 
 
-def ensure_model(interpreter: Path, models: Path, seed: int) -> Path:
+def ensure_model(interpreter: Path, models: Path, seed: int, *, layers: int = _LAYERS, hidden: int = _HIDDEN) -> Path:
     """The folder, under `models`, of the tiny model of this seed; made by `interpreter` first if it is missing.
+
+    More `layers` and a larger `hidden` size make a slower one.
 
     The folder's name holds a hash of this file, so a changed recipe makes new models. Safe to call from several
     processes at once: each makes its own copy and the first to finish is kept.
@@ -55,14 +59,14 @@ def ensure_model(interpreter: Path, models: Path, seed: int) -> Path:
     """
     script = Path(__file__)
     recipe = hashlib.sha256(script.read_bytes()).hexdigest()[:12]
-    folder = models / f"tiny-llama-{recipe}-seed{seed}"
+    folder = models / f"tiny-llama-{recipe}-{layers}x{hidden}-seed{seed}"
     if folder.exists():
         return folder
     models.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     result = subprocess.run(
         # Isolated, so that the modules beside this file do not shadow others of their names.
-        [str(interpreter), "-I", str(script), str(unfinished), str(seed)],
+        [str(interpreter), "-I", str(script), str(unfinished), str(seed), str(layers), str(hidden)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -82,7 +86,7 @@ def ensure_model(interpreter: Path, models: Path, seed: int) -> Path:
     return folder
 
 
-def make_model(folder: Path, seed: int) -> None:
+def make_model(folder: Path, seed: int, layers: int, hidden: int) -> None:
     """Write the model and its tokenizer to `folder`. Needs torch, transformers and tokenizers."""
     # By name and not at the top: the test suite's own environment imports this file and has none of these.
     torch = importlib.import_module("torch")
@@ -107,12 +111,12 @@ def make_model(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=12,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         # Heads of 64: vLLM's CPU kernels crash with heads of 16.
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=_CONTEXT,
         # Some six times transformers' default: with that, the last token alone decides the next one.
         initializer_range=0.12,
@@ -134,9 +138,9 @@ def make_model(folder: Path, seed: int) -> None:
 
 
 def main() -> int:
-    """Make a model: `tiny_model.py FOLDER SEED`."""
-    folder, seed = sys.argv[1:]
-    make_model(Path(folder), int(seed))
+    """Make a model: `tiny_model.py FOLDER SEED LAYERS HIDDEN`."""
+    folder, *numbers = sys.argv[1:]
+    make_model(Path(folder), *map(int, numbers))
     return 0
 
 
