@@ -39,7 +39,7 @@ def blame(model: str, what: str, exc: Exception | None = None) -> None:
 
 
 def queue_up(state: SwitcherState, depth: int, *, gone: bool = False) -> None:
-    """Have `a` serve one request and `depth` requests wait, for `b` and `c` in turn; with `gone` as many have given up before."""
+    """Have `a` serve one request and `depth` requests wait, for `b` and `c` in turn; with `gone` as many gave up before."""
     state.inquire()
     state.adopt("a")
     assert state.try_admit("a")
