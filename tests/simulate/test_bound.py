@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from llmux_asgi import FifoPolicy, GatedQuantumPolicy, ModelCosts, PressurePolicy, SwitchPolicy, ThroughputPolicy
-from llmux_asgi.simulate import Arrival, Script, Workload, lower_bound, simulate
+from llmux_asgi.simulate import Arrival, Script, Workload, lower_bound, relaxation, simulate
 from llmux_asgi.simulate.bound import two_model_cost
 from llmux_asgi.simulate.relaxation import relaxed_cost
 
@@ -107,7 +107,8 @@ def load(arrivals: Arrivals) -> Workload:
     return Workload("load", [Script([[Arrival(time, model, 0.0) for model, times in arrivals.items() for time in times]])])
 
 
-def test_of_three_models_the_better_of_two_bounds_is_taken_and_it_holds() -> None:
+def test_of_three_models_the_better_of_two_bounds_is_taken_and_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaxation, "_ROUNDS", 8)
     for seed in range(8):
         arrivals, costs, active = small(seed, "abc")
         bound = lower_bound(load(arrivals), costs, active=active)
@@ -118,7 +119,8 @@ def test_of_three_models_the_better_of_two_bounds_is_taken_and_it_holds() -> Non
 
 
 @pytest.mark.parametrize(("models", "rates"), [("ab", (0.05, 0.3, 2.0)), ("abc", (0.5,))])
-def test_no_policy_is_better_than_the_bound(models: str, rates: Sequence[float]) -> None:
+def test_no_policy_is_better_than_the_bound(models: str, rates: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relaxation, "_ROUNDS", 8)
     rng = random.Random(5)
     costs = {model: ModelCosts(rng.uniform(0.5, 2), rng.uniform(0.5, 5)) for model in models}
     policies: list[SwitchPolicy] = [
