@@ -73,5 +73,5 @@ def _print(comparison: Comparison, size: int) -> None:
         bound = comparison.bound
         console.print(
             f"No schedule has a mean wait below {bound.non_anticipating:.2f} s ({bound.clairvoyant:.2f} s if it may switch "
-            "before anybody waits); drains are not counted in it."
+            "before anybody waits); of the drains it counts a part only."
         )

@@ -99,7 +99,7 @@ def compare(
                 "or --sleep-seconds and --wake-seconds"
             )
     timeouts = {name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None}
-    bound = lower_bound(workload, costs, active=active)
+    bound = lower_bound(workload, costs, active=active, drain=config.policy.drain_timeout if config.policy.drain else 0.0)
 
     def run(settings: PolicyConfig, configured: bool) -> PolicyRun:
         policy = build_policy(settings)
