@@ -63,7 +63,9 @@ class LLMuxApp:
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
         )
-        self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
+        self._inference = LLMuxMiddleware(
+            self._proxy, self.switcher, max_body=self.config.limits.max_body, request_log=self.config.request_log
+        )
         self._created = int(time.time())
 
     def __deepcopy__(self, memo: object) -> Self:

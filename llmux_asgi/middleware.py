@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from typing import Literal
 
@@ -14,6 +15,7 @@ from . import telemetry as names
 from ._lease import Lease
 from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
+from ._request_log import RequestLog, RequestTimes
 from .exceptions import (
     BodyTooLargeError,
     InterruptedRequestError,
@@ -45,6 +47,7 @@ class LLMuxMiddleware:
     the request's priority class.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
+    `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
     """
 
     def __init__(
@@ -55,12 +58,14 @@ class LLMuxMiddleware:
         paths: Collection[str] = INFERENCE_ROUTES,
         unknown: Literal["reject", "pass"] = "reject",
         max_body: int = 32 * 1024 * 1024,
+        request_log: str | os.PathLike[str] | None = None,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.paths = frozenset(paths)
         self.unknown = unknown
         self.max_body = max_body
+        self.request_log = RequestLog(request_log) if request_log is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -92,6 +97,7 @@ class _Responder:
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
+        self._times = RequestTimes()
 
     async def run(self) -> None:
         model = ""
@@ -103,6 +109,7 @@ class _Responder:
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
+                self._times.arrived()
                 self._priority = self._switcher.priority(model, self._header(PRIORITY_HEADER))
                 if self._priority is not None:
                     self._span.set_attribute(names.PRIORITY, self._priority)
@@ -123,6 +130,8 @@ class _Responder:
         finally:
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
+            if model and self._middleware.request_log is not None:
+                self._middleware.request_log.write(self._times.entry(model, self._status))
 
     async def _answer(self, model: str) -> None:
         try:
@@ -142,6 +151,7 @@ class _Responder:
         self._lease = lease
         try:
             self._waited += lease.waited
+            self._times.admitted(self._waited)
             self._span.set_attribute(names.QUEUE_TIME, self._waited)
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
@@ -181,7 +191,8 @@ class _Responder:
         if (named := self._header(MODEL_HEADER.encode("ascii"))) is not None:
             return named
         fields = read_fields(self._body or b"")
-        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, fields.stream is True)
+        self._times.stream = fields.stream is True
+        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, self._times.stream)
         return model_of(fields)
 
     def _header(self, wanted: bytes) -> str | None:
@@ -236,6 +247,7 @@ class _Responder:
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
+            self._times.ended()
 
     async def _refuse(self, exc: LLMuxError) -> None:
         answer = describe(exc)
