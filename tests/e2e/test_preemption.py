@@ -21,7 +21,7 @@ from tests.support.serve import EventLoop
 STREAMS = 8
 TOKENS = {"sim": 2000, "real": 320}
 SHORT = Prompt(chat=True, stream=True, text="in short", max_tokens=8)
-TURN = 1
+TURN = 8
 """Tokens that each stream of a model gets at least before the other one has its turn. On a busy machine it is dozens."""
 ALTERNATIONS = 20
 
