@@ -36,13 +36,18 @@ class PressurePolicy(DrainingPolicy):
         quantum: float = 4.0,
         linger: float = 0.5,
         max_wait: float = 30.0,
+        base: float = 1.0,
         sleep_level: int = 1,
         request_timeout: float | None = 60.0,
         min_active_duration: float = 0.0,
         drain: bool = True,
         drain_timeout: float | None = None,
     ) -> None:
-        """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section."""
+        """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section.
+
+        `base` is the 1 s of the rule: what each switch is taken to cost beside its estimate. It belongs to the rule and not to
+        the configuration; where all times are scaled, as in a benchmark, it is scaled too.
+        """
         super().__init__(
             sleep_level=sleep_level,
             request_timeout=request_timeout,
@@ -53,6 +58,7 @@ class PressurePolicy(DrainingPolicy):
         self.quantum = quantum
         self.linger = linger
         self.max_wait = max_wait
+        self.base = base
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
         """`SwitchNow` once the turn is over, for the model with the largest pressure; else `Stay`."""
@@ -69,6 +75,6 @@ class PressurePolicy(DrainingPolicy):
             return oldest
         return max(
             context.total_waits,
-            key=lambda model: context.total_waits[model] / (context.switch_cost(context.active_model, model) + 1.0),
+            key=lambda model: context.total_waits[model] / (context.switch_cost(context.active_model, model) + self.base),
             default=context.target_model,
         )

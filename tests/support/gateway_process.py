@@ -76,13 +76,20 @@ class GatewayProcess:
 
 @contextmanager
 def gateway_process(
-    config: Mapping[str, Any], loop: EventLoop = "asyncio", ledger: str | Path | None = None
+    config: Mapping[str, Any],
+    loop: EventLoop = "asyncio",
+    ledger: str | Path | None = None,
+    *,
+    host: str = "tests.support.host",
 ) -> Iterator[GatewayProcess]:
-    """Start a gateway, wait until it listens, and end it with the block: by SIGTERM, by SIGKILL if that takes too long."""
+    """Start a gateway, wait until it listens, and end it with the block: by SIGTERM, by SIGKILL if that takes too long.
+
+    `host` is the module that is run, with the arguments of `tests.support.host`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "config.json"), Path(folder, "log")
         path.write_text(json.dumps(config))
-        command = [sys.executable, "-m", "tests.support.host", str(path), loop, *(["--ledger", str(ledger)] if ledger else [])]
+        command = [sys.executable, "-m", host, str(path), loop, *(["--ledger", str(ledger)] if ledger else [])]
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
         try:
