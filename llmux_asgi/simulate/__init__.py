@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from .engine import simulate
+from .errors import SimulationError
+from .result import Figures, Outcome, RequestRecord, Result, SwitchRecord
 from .workload import Arrival, Script, Workload
 
-__all__ = ["Arrival", "Script", "Workload"]
+__all__ = [
+    "Arrival",
+    "Figures",
+    "Outcome",
+    "RequestRecord",
+    "Result",
+    "Script",
+    "SimulationError",
+    "SwitchRecord",
+    "Workload",
+    "simulate",
+]

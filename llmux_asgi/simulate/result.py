@@ -1,0 +1,122 @@
+"""What came out of a simulation: every request, every switch, and the figures made of them."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["Figures", "Outcome", "RequestRecord", "Result", "SwitchRecord", "percentile"]
+
+
+class Outcome(enum.Enum):
+    """What became of a request."""
+
+    ANSWERED = "answered"
+    LOST = "lost"
+    """It has waited for `request_timeout` and left: a 504 at the gateway."""
+    CUT = "cut"
+    """Its model was put to sleep while it ran: drain off, or the drain's deadline passed."""
+
+
+class RequestRecord(NamedTuple):
+    """One request. Times are in seconds since the beginning of the load."""
+
+    model: str
+    arrival: float
+    wait: float
+    """From its arrival until it was admitted to its awake model, in seconds; if it was lost, until it left."""
+    finish: float
+    """When it was answered, lost or cut."""
+    outcome: Outcome
+
+
+class SwitchRecord(NamedTuple):
+    """One switch, completed or abandoned. Times are in seconds since the beginning of the load."""
+
+    origin: str | None
+    target: str
+    begun: float
+    """When the policy decided."""
+    committed: float | None
+    """When the drain was over and the sleep began; `None` if it was abandoned before that."""
+    ended: float
+    """When the target served, or the switch was abandoned."""
+    completed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A result in numbers. Times are in seconds."""
+
+    requests: int
+    mean_wait: float
+    p50_wait: float
+    p99_wait: float
+    longest_wait: float
+    switches: int
+    """Completed ones."""
+    serving_share: float
+    """The time in which a model was active with at least one request in flight, drains included, as a share of the makespan."""
+    makespan: float
+    """From the first arrival until the last request was answered, lost or cut."""
+    lost: int
+    cut: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One policy's run over one load."""
+
+    policy: str
+    requests: Sequence[RequestRecord]
+    """In order of arrival."""
+    switches: Sequence[SwitchRecord]
+    """In order of time."""
+    active_at_start: str | None
+    serving: float
+    """Seconds in which a model was active and had at least one request in flight."""
+
+    @property
+    def begin(self) -> float:
+        """The first arrival; 0.0 if there are no requests."""
+        return min((request.arrival for request in self.requests), default=0.0)
+
+    @property
+    def end(self) -> float:
+        """When the last request was over; 0.0 if there are none."""
+        return max((request.finish for request in self.requests), default=0.0)
+
+    def waits(self) -> list[float]:
+        """Every wait, the shortest first. Those of lost requests count as far as they went, so that losing them is no gain."""
+        return sorted(request.wait for request in self.requests)
+
+    def figures(self) -> Figures:
+        """Sum it up."""
+        waits = self.waits()
+        makespan = self.end - self.begin
+        outcomes = [request.outcome for request in self.requests]
+        return Figures(
+            requests=len(waits),
+            mean_wait=math.fsum(waits) / len(waits) if waits else 0.0,
+            p50_wait=percentile(waits, 0.5),
+            p99_wait=percentile(waits, 0.99),
+            longest_wait=waits[-1] if waits else 0.0,
+            switches=sum(switch.completed for switch in self.switches),
+            serving_share=self.serving / makespan if makespan > 0 else 0.0,
+            makespan=makespan,
+            lost=outcomes.count(Outcome.LOST),
+            cut=outcomes.count(Outcome.CUT),
+        )
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """Return the value below which `share` (0 to 1) of the sorted values lie, interpolated; 0.0 if there are none."""
+    if not ordered:
+        return 0.0
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
