@@ -14,16 +14,25 @@ from llmux_asgi import ModelCosts
 from llmux_asgi.simulate import Arrival, Script, Workload
 from tests.benchmarks.scheduling.traces import replay
 
-__all__ = ["COSTS", "LOADS", "ROUNDS", "SERVICE", "Load"]
+__all__ = ["COSTS", "LOADS", "SERVICE", "Load", "costs_of"]
 
 COSTS = {"a": ModelCosts(2.0, 1.6), "b": ModelCosts(2.0, 7.0), "c": ModelCosts(2.0, 4.0)}
 """Sleep and wake of each model, warm. From b to a it takes 3.6 s, from a to b 9 s, as on the machine of llmux's benchmark."""
+
 SERVICE = (1.0, 3.0)
 """Shortest and longest answer where the load does not say it; drawn evenly between them."""
-ROUNDS = 30
-"""Requests of each endless loop."""
-TRACE_SECONDS = 240.0
+ROUNDS = 50
+"""Requests of each endless loop. Their end falls into the middle of a turn, with each policy: near the end of one, a
+hair decides whether two more switches are needed."""
+TRACE_SECONDS = 360.0
 """Length of the part of the trace that is replayed."""
+TRACE_EVERY = 20
+"""One of so many of its requests, drawn by the seed: about one in 4 s. The trace is of a service with many GPUs."""
+
+
+def costs_of(workload: Workload) -> dict[str, ModelCosts]:
+    """What a switch of each of its models costs."""
+    return {model: COSTS[model] for model in workload.models}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +47,9 @@ class Load:
     """Whether the default must have a shorter mean wait than FIFO here."""
     bounded_only: bool = False
     """Whether only the longest wait is judged: FIFO serves a lone request first, at the cost of all others."""
-    together: bool = True
-    """Whether the policies are measured side by side; bursts are not, for the machine would be the bottleneck."""
+    burst: bool = False
+    """Whether many requests come at once. The gateway's own work counts most there: such loads run alone, and at half the
+    factor."""
 
 
 def _requests(chance: random.Random, models: Iterable[tuple[float, str]]) -> tuple[Arrival, ...]:
@@ -93,17 +103,17 @@ def starvation(seed: int) -> Workload:
 
 def trace(models: str) -> Callable[[int], Workload]:
     def make(seed: int) -> Workload:
-        return replay(f"trace {len(models)}", models, seed, start=600.0 * seed, seconds=TRACE_SECONDS, every=10)
+        return replay(f"trace {len(models)}", models, seed, start=600.0 * seed % 3000, seconds=TRACE_SECONDS, every=TRACE_EVERY)
 
     return make
 
 
 LOADS = [
-    Load("single", "40 requests for A at once", single, together=False),
+    Load("single", "40 requests for A at once", single, burst=True),
     Load("balanced", "20 rounds: one for A, 0.1 s later one for B, each round waits for both", balanced, beats=True),
-    Load("bursty", "4 bursts of 10, for A, B, A, B, each waited for", bursty, together=False),
-    Load("dominant", "50 requests, 0.05 s apart, each fifth for B, the rest for A", dominant, beats=True, together=False),
-    Load("interleave", "30 for A and 30 for B at once", interleave, together=False),
+    Load("bursty", "4 bursts of 10, for A, B, A, B, each waited for", bursty, burst=True),
+    Load("dominant", "50 requests, 0.05 s apart, each fifth for B, the rest for A", dominant, beats=True, burst=True),
+    Load("interleave", "30 for A and 30 for B at once", interleave, burst=True),
     Load("loops", f"two closed loops of {ROUNDS} requests, one on A and one on B", loops, beats=True),
     Load("overlapping", f"three closed loops of {ROUNDS} requests, two on A and one on B", overlapping, beats=True),
     Load(
@@ -112,6 +122,11 @@ LOADS = [
         starvation,
         bounded_only=True,
     ),
-    Load("trace, 2 models", "4 minutes of the Azure trace, each tenth request, Zipf over A and B", trace("ab"), beats=True),
-    Load("trace, 3 models", "the same over A, B and C", trace("abc"), beats=True),
+    Load(
+        "trace, 2 models",
+        "6 minutes of the Azure trace, a twentieth of its requests; for A twice as often as for B",
+        trace("ab"),
+        beats=True,
+    ),
+    Load("trace, 3 models", "the same; for A, B and C in proportion to 1, 1/2 and 1/3", trace("abc"), beats=True),
 ]

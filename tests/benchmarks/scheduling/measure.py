@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tests.support.gateway_process import gateway_process
 __all__ = ["Lane", "Run", "lane"]
 
 TOKENS_PER_SECOND = 1000.0
+_HOST = "tests.benchmarks.scheduling.host"
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,25 @@ class Run:
 
 
 class Lane:
-    """One policy's servers. They outlive a run: a gateway finds all of them asleep."""
+    """Servers, one a model. They outlive a run: each gateway finds all of them asleep."""
 
-    def __init__(self, policy: PolicyName, servers: list[SimProcess], factor: float) -> None:
-        self.policy = policy
+    def __init__(self, servers: list[SimProcess], factor: float) -> None:
         self._servers = servers
         self._factor = factor
 
-    def run(self, workload: Workload) -> Run:
-        """Measure. Raises `RuntimeError` if a request or a switch failed."""
+    def run(self, workload: Workload, policy: PolicyName) -> Run:
+        """Measure it on a new gateway. Raises `RuntimeError` if a request or a switch failed."""
         with httpx.Client(trust_env=False) as client:
             for server in self._servers:
                 client.post(f"{server.url}/sleep", timeout=30).raise_for_status()
-        os.environ[FACTOR] = str(self._factor)
-        with gateway_process(self._config(workload.models), host="tests.benchmarks.scheduling.host") as gateway:
+        environment = {FACTOR: str(self._factor)}
+        with gateway_process(self._config(workload.models, policy), host=_HOST, environment=environment) as gateway:
             observed = asyncio.run(play(workload, f"{gateway.url}/llm", self._factor, TOKENS_PER_SECOND))
             answer = httpx.get(f"{gateway.url}/record", trust_env=False).raise_for_status()
             record = msgspec.json.decode(answer.content, type=Record)
         counted = sum(map(len, record.waits.values()))
         if record.failures or not counted == observed.answered == workload.size:
-            raise RuntimeError(f"{workload.name}, {self.policy}: {counted} of {workload.size} requests, {gateway.log}")
+            raise RuntimeError(f"{workload.name}, {policy}: {counted} of {workload.size} requests, {gateway.log}")
         factor = self._factor
         return Run(
             {model: [wait * factor for wait in waits] for model, waits in record.waits.items()},
@@ -71,7 +70,7 @@ class Lane:
             observed.late * factor,
         )
 
-    def _config(self, models: tuple[str, ...]) -> dict[str, Any]:
+    def _config(self, models: tuple[str, ...], policy: PolicyName) -> dict[str, Any]:
         factor, urls = self._factor, {server.name: server.url for server in self._servers}
         return {
             "models": {
@@ -81,18 +80,18 @@ class Lane:
                 }
                 for model in models
             },
-            "policy": {"name": self.policy, "request_timeout": None, **self._scaled_defaults()},
+            "policy": {"name": policy, "request_timeout": None, **self._scaled_defaults(policy)},
             "limits": {"health_interval": None},
         }
 
-    def _scaled_defaults(self) -> dict[str, float]:
-        policy = build_policy(PolicyConfig(name=self.policy))
-        times = {"min_active_duration", *POLICY_PARAMETERS[self.policy]} - {"quantum"}
-        return {name: getattr(policy, name) / self._factor for name in times}
+    def _scaled_defaults(self, name: PolicyName) -> dict[str, float]:
+        policy = build_policy(PolicyConfig(name=name))
+        times = {"min_active_duration", *POLICY_PARAMETERS[name]} - {"quantum"}
+        return {each: getattr(policy, each) / self._factor for each in times}
 
 
 @contextmanager
-def lane(policy: PolicyName, factor: float) -> Iterator[Lane]:
+def lane(factor: float) -> Iterator[Lane]:
     """Start the servers of a lane, and end them with the block."""
     options = [
         SimOptions(
@@ -105,4 +104,4 @@ def lane(policy: PolicyName, factor: float) -> Iterator[Lane]:
         for name, costs in COSTS.items()
     ]
     with start_sims(*options) as servers:
-        yield Lane(policy, servers, factor)
+        yield Lane(servers, factor)

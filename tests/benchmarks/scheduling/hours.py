@@ -1,0 +1,52 @@
+"""Hours of the Azure trace by every policy, in the simulator only: an hour takes it a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llmux_asgi import ModelCosts
+from llmux_asgi.config import PolicyName
+from llmux_asgi.simulate import Workload, simulate
+from tests.benchmarks.scheduling.bounds import bound
+from tests.benchmarks.scheduling.loads import COSTS
+from tests.benchmarks.scheduling.report import Hour
+from tests.benchmarks.scheduling.run import policy_of
+from tests.benchmarks.scheduling.traces import replay
+
+__all__ = ["simulate_hours"]
+
+MODELS = ("ab", "abc", "abcde")
+EVERY = (5, 20, 80)
+"""One of so many requests of the trace: about 1 a second, 1 in 4 s, 1 in 15 s."""
+ALL_COSTS = {**COSTS, "d": ModelCosts(2.0, 3.0), "e": ModelCosts(2.0, 5.0)}
+
+
+def simulate_hours(policies: Sequence[PolicyName], seeds: Sequence[int], tell: Callable[[str], None]) -> list[Hour]:
+    """Each number of models, each rate, each seed."""
+    hours = []
+    for models in MODELS:
+        for every in EVERY:
+            for seed in seeds:
+                tell(f"an hour of the trace: {len(models)} models, 1 of {every}, seed {seed}")
+                hours.append(_hour(models, every, seed, policies))
+    return hours
+
+
+def _hour(models: str, every: int, seed: int, policies: Sequence[PolicyName]) -> Hour:
+    workload = replay("hour", models, seed, start=0.0, seconds=3600.0, every=every)
+    costs = {model: ALL_COSTS[model] for model in models}
+    figures = {name: simulate(workload, policy_of(name), costs, seeds=costs).figures() for name in policies}
+    return Hour(
+        len(models),
+        every,
+        seed,
+        workload.size,
+        {name: each.mean_wait for name, each in figures.items()},
+        {name: each.longest_wait for name, each in figures.items()},
+        {name: bound(policy_of(name), workload, costs) for name in policies},
+        _lower_bound(workload, costs),
+    )
+
+
+def _lower_bound(workload: Workload, costs: dict[str, ModelCosts]) -> float | None:
+    return None
