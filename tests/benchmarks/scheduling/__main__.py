@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.scheduling`: measure, simulate, and write `docs/scheduling.md` and what belongs to it anew."""
+"""`python -m tests.benchmarks.scheduling`: measure, simulate, and write the figures in `docs/` anew."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.benchmarks.scheduling.loads import LOADS
 from tests.benchmarks.scheduling.picture import draw
 from tests.benchmarks.scheduling.report import Report, read, verdicts, write
 from tests.benchmarks.scheduling.run import POLICIES, measure
-from tests.benchmarks.scheduling.tables import BLOCKS, fill
+from tests.benchmarks.scheduling.tables import BLOCKS, PAGES, fill
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-JSON, SVG, PAGE = (Path(name) for name in ("benchmarks/scheduling.json", "benchmarks/scheduling.svg", "scheduling.md"))
+JSON, SVG = Path("benchmarks/scheduling.json"), Path("benchmarks/scheduling.svg")
 PARTS = ("measure", "trace", "page")
 
 
@@ -47,8 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n\n".join(table(report) for table in BLOCKS.values()))
     if "page" in parts:
         (given.docs / SVG).write_text(draw(report))
-        page = given.docs / PAGE
-        page.write_text(fill(page.read_text(), report))
+        for name, blocks in PAGES.items():
+            page = given.docs / name
+            page.write_text(fill(page.read_text(), blocks, report))
     return 0 if all(each.holds for each in verdicts(report)) else 1
 
 

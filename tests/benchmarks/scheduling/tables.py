@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from tests.benchmarks.scheduling.loads import LOADS
 from tests.benchmarks.scheduling.report import DEFAULT, Report, Row, verdicts
 
-__all__ = ["BLOCKS", "fill"]
+__all__ = ["BLOCKS", "PAGES", "fill"]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -88,25 +88,41 @@ def _hours(report: Report) -> str:
     return _table(head, rows, 0)
 
 
+def _defaults(report: Report) -> str:
+    """The mean waits alone, for the page that tells which policy to choose."""
+    head = ["mean wait in seconds", *(f"`{name}`" for name in report.policies)]
+    rows = []
+    for load in report.loads:
+        found = [report.row(load, name) for name in report.policies]
+        rows.append([load, *(f"{row.median('mean_wait'):.1f}" if row else "" for row in found)])
+    return _table(head, rows, 1)
+
+
 BLOCKS: Mapping[str, Callable[[Report], str]] = {
     "conditions": _conditions,
     "loads": _loads,
     "measured": _measured,
     "verdicts": _verdicts,
     "hours": _hours,
+    "mean waits": _defaults,
 }
+PAGES: Mapping[str, Sequence[str]] = {
+    "scheduling.md": ("conditions", "loads", "measured", "verdicts", "hours"),
+    "policies.md": ("mean waits",),
+}
+"""Which blocks stand on which page."""
 
 
-def fill(page: str, report: Report) -> str:
-    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->`, for each block.
+def fill(page: str, blocks: Sequence[str], report: Report) -> str:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->`, for each block of a page.
 
     Raises `ValueError` if the page lacks one.
     """
-    for name, write in BLOCKS.items():
+    for name in blocks:
         begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
         before, found, rest = page.partition(begin)
         _, also_found, after = rest.partition(end)
         if not found or not also_found:
             raise ValueError(f"the page has no place for {name}")
-        page = f"{before}{begin}\n{write(report)}\n{end}{after}"
+        page = f"{before}{begin}\n{BLOCKS[name](report)}\n{end}{after}"
     return page
