@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,6 +116,17 @@ def test_an_idle_model_is_left_after_a_short_while(policy: type[SwitchPolicy], i
 
 
 @pytest.mark.parametrize("policy", TURNS)
+def test_a_turn_ends_in_time_for_who_would_give_up(policy: Callable[..., SwitchPolicy]) -> None:
+    def dear(waited: float) -> PolicyContext:
+        return context(waits={"b": [waited]}, sleep_costs={"a": 4.0}, wake_costs={"b": 16.0})
+
+    assert policy(request_timeout=None).on_pending_request(dear(10.0)) == Stay(until=180.0)
+    assert policy(request_timeout=60.0).on_pending_request(dear(10.0)) == Stay(until=110.0 + 60.0 - 10.0 - 1.5 * 20.0)
+    assert policy(request_timeout=60.0).on_pending_request(dear(30.0)) == SwitchNow()
+    assert policy(request_timeout=600.0).on_pending_request(dear(30.0)) == Stay(until=180.0)
+
+
+@pytest.mark.parametrize("policy", TURNS)
 def test_lingering_does_not_make_a_turn_longer(policy: type[SwitchPolicy]) -> None:
     idle = context(active_in_flight=0, idle_for=0.0, now=119.75)
     assert policy().on_pending_request(idle) == Stay(until=120.0)
@@ -198,7 +210,7 @@ COMMON = {"sleep_level": 1, "request_timeout": 60.0, "drain": True, "drain_timeo
         (
             {"name": "pressure", "max_wait": 10},
             PressurePolicy,
-            {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5, "max_wait": 10.0},
+            {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5, "max_wait": 10.0, "base": 1.0},
         ),
         ({"name": "throughput"}, ThroughputPolicy, {"min_active_duration": 0.0, "linger": 0.5, "max_wait": 30.0}),
     ],

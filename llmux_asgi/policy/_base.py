@@ -40,15 +40,23 @@ def has_waited_longest(context: PolicyContext) -> bool:
     return context.oldest_waiting >= max(context.oldest_waits.values(), default=context.oldest_waiting)
 
 
-def turn_ends_at(context: PolicyContext, quantum: float, linger: float) -> float:
+_RESERVE = 1.5
+"""What is kept of a request's time limit for the switch to its model and the drain before it, in costs of the switch."""
+
+
+def turn_ends_at(context: PolicyContext, quantum: float, linger: float, request_timeout: float | None) -> float:
     """When the active model's turn is over for the target's sake, on the clock of `context.now`, as things stand.
 
-    That is when it has been active for `quantum` times the estimated cost of the switch, or idle for `linger` seconds.
+    That is when it has been active for `quantum` times the estimated cost of the switch, or idle for `linger` seconds; and in
+    any case in time for the target's oldest request, if that gives up after `request_timeout` seconds.
     """
     if context.active_model is None:
         return context.now
-    spent = context.active_since + quantum * context.switch_cost(context.active_model, context.target_model)
-    return min(spent, idle_ends_at(context, linger))
+    cost = context.switch_cost(context.active_model, context.target_model)
+    end = min(context.active_since + quantum * cost, idle_ends_at(context, linger))
+    if request_timeout is None:
+        return end
+    return min(end, context.now + request_timeout - _RESERVE * cost - context.oldest_waiting)
 
 
 def idle_ends_at(context: PolicyContext, linger: float) -> float:

@@ -13,7 +13,8 @@ class PressurePolicy(DrainingPolicy):
 
     Rule: next is the model j with the largest pressure W_j / (Ĉ(i→j) + 1 s), W_j being the sum of the times that its requests
     have waited. A model whose oldest request has waited for `max_wait` seconds comes before that; the longest wait first. The
-    active model i is left for j as soon as it has served nobody for `linger` seconds, or has been active for κ·Ĉ(i→j) seconds.
+    active model i is left for j as soon as it has served nobody for `linger` seconds, has been active for κ·Ĉ(i→j) seconds, or
+    the oldest request for j has 1.5·Ĉ(i→j) seconds left until `request_timeout`.
 
     Its mean wait is the best where queues differ much in length; a lone request waits longer than under the gated quantum. With
     two models there is no choice to make, and the two policies are the same.
@@ -62,7 +63,7 @@ class PressurePolicy(DrainingPolicy):
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
         """`SwitchNow` once the turn is over, for the model with the largest pressure; else `Stay`."""
-        end = turn_ends_at(context, self.quantum, self.linger)
+        end = turn_ends_at(context, self.quantum, self.linger, self.request_timeout)
         if self._next(context) == context.target_model:
             return decide_at(end, context.now)
         # By then it may have the largest pressure.
