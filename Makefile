@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak bench-switch bench-scheduling test-vllm lint types docs clean
+.PHONY: help demo test soak bench-switch bench-decision bench-scheduling test-vllm lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 200 faults, in at mos
 
 bench-switch: $(VENV)/.test ## what the gateway adds to the sleep and wake calls of a switch
 	@$(BIN)/python -m tests.benchmarks.switch_overhead
+
+bench-decision: $(VENV)/.test ## what a decision costs with 10, 1,000 and 10,000 waiting requests
+	@$(BIN)/python -m tests.benchmarks.decision
 
 bench-scheduling: $(VENV)/.test ## every policy under every load, measured and simulated; writes docs/scheduling.md anew
 	@$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)

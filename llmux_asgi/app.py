@@ -59,7 +59,9 @@ class LLMuxApp:
             self.config, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
         )
         self._proxy = Proxy(self.config.models)
-        self._inference = LLMuxMiddleware(self._proxy, self.switcher, max_body=self.config.limits.max_body)
+        self._inference = LLMuxMiddleware(
+            self._proxy, self.switcher, max_body=self.config.limits.max_body, request_log=self.config.request_log
+        )
         self._created = int(time.time())
 
     def __deepcopy__(self, memo: object) -> Self:

@@ -265,6 +265,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
+    request_log: Annotated[
+        _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
+    ] = None
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection
 from typing import Literal
 
@@ -14,6 +15,7 @@ from . import telemetry as names
 from ._lease import Lease
 from ._openai import INFERENCE_ROUTES, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
+from ._request_log import RequestLog, RequestTimes
 from .exceptions import (
     BodyTooLargeError,
     InterruptedRequestError,
@@ -44,6 +46,7 @@ class LLMuxMiddleware:
     not know are answered with a 404, or with `unknown="pass"` go to `app` without a lease.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
+    `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class LLMuxMiddleware:
         paths: Collection[str] = INFERENCE_ROUTES,
         unknown: Literal["reject", "pass"] = "reject",
         max_body: int = 32 * 1024 * 1024,
+        request_log: str | os.PathLike[str] | None = None,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.paths = frozenset(paths)
         self.unknown = unknown
         self.max_body = max_body
+        self.request_log = RequestLog(request_log) if request_log is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -90,6 +95,7 @@ class _Responder:
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
+        self._times = RequestTimes()
 
     async def run(self) -> None:
         model = ""
@@ -101,6 +107,7 @@ class _Responder:
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
+                self._times.arrived()
                 await self._answer(model)
             elif self._middleware.unknown == "pass":
                 await self._middleware.app(self._scope, self._replay, self._watch_answer)
@@ -118,6 +125,8 @@ class _Responder:
         finally:
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
+            if model and self._middleware.request_log is not None:
+                self._middleware.request_log.write(self._times.entry(model, self._status))
 
     async def _answer(self, model: str) -> None:
         try:
@@ -137,6 +146,7 @@ class _Responder:
         self._lease = lease
         try:
             self._waited += lease.waited
+            self._times.admitted(self._waited)
             self._span.set_attribute(names.QUEUE_TIME, self._waited)
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
@@ -177,7 +187,8 @@ class _Responder:
             if name == wanted:
                 return str(value.decode("latin-1"))
         fields = read_fields(self._body or b"")
-        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, fields.stream is True)
+        self._times.stream = fields.stream is True
+        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, self._times.stream)
         return model_of(fields)
 
     async def _read_body(self) -> bool:
@@ -228,6 +239,7 @@ class _Responder:
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
+            self._times.ended()
 
     async def _refuse(self, exc: LLMuxError) -> None:
         answer = describe(exc)

@@ -28,7 +28,17 @@ LAYERS = [
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
     ["policy", "_state", "_openai", "_backoff", "telemetry"],
-    ["_body", "_spawn", "_estimates_file", "_process", "_guardian", "_memory", "backends._protocol", "backends._http"],
+    [
+        "_body",
+        "_spawn",
+        "_estimates_file",
+        "_request_log",
+        "_process",
+        "_guardian",
+        "_memory",
+        "backends._protocol",
+        "backends._http",
+    ],
     [
         "backends.vllm",
         "backends.sglang",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .engine import simulate
 from .errors import SimulationError
 from .result import Figures, Outcome, RequestRecord, Result, SwitchRecord
+from .traces import TraceOptions, read_workload
 from .workload import Arrival, Script, Workload
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Script",
     "SimulationError",
     "SwitchRecord",
+    "TraceOptions",
     "Workload",
+    "read_workload",
     "simulate",
 ]

@@ -1,0 +1,200 @@
+"""Loads from files: traces as CSV, the gateway's own request log, and workloads written down whole.
+
+    NAME.csv     columns TIMESTAMP, ContextTokens, GeneratedTokens (the form of Azure's traces), and, if there is one, model
+    NAME.jsonl   the gateway's request log (`request_log`)
+    NAME.json    a `Workload`: {"name": …, "scripts": [{"rounds": [[{"offset", "model", "service"}]], "start", "pause"}]}
+
+Each may be compressed: `NAME.csv.gz`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from .._request_log import RequestEntry
+from .errors import SimulationError
+from .workload import Arrival, Script, Workload
+
+__all__ = ["TraceOptions", "read_workload"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceOptions:
+    """How a trace becomes a load."""
+
+    prefill: float = 0.2
+    """Seconds before the first token, of a request that a CSV file tells the tokens of."""
+    tokens_per_second: float = 40.0
+    """Tokens that such a request is given in a second."""
+    speed: float = 1.0
+    """Factor for the rate of arrivals. What a request takes stays as it is."""
+    limit: int | None = None
+    """Take only so many requests, from the beginning of the file; `None`: all."""
+    seed: int = 0
+    """For the draw of models where the trace names none."""
+
+
+def read_workload(
+    path: Path, models: Sequence[str], *, aliases: Mapping[str, str] | None = None, options: TraceOptions | None = None
+) -> Workload:
+    """Read a load for `models` from a file.
+
+    Requests that name no model are given one by a draw from Zipf's distribution: the weight of the k-th model is 1/k.
+    `aliases` are further names of the models. Raises `SimulationError`, which names the file and the line.
+    """
+    options = options or TraceOptions()
+    names = {**(aliases or {}), **{model: model for model in models}}
+    kind = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
+    try:
+        match kind:
+            case [".csv"]:
+                rows = _read_csv(_lines(path), models, names, options)
+            case [".jsonl"]:
+                rows = _read_log(_lines(path), names)
+            case [".json"]:
+                return _read_json(_bytes(path), names, options)
+            case _:
+                raise SimulationError(f"{path}: the file's ending is none of .csv, .jsonl, .json, or one of these with .gz")
+        taken = list(islice(rows, options.limit))
+    except (OSError, EOFError, zlib.error) as exc:
+        raise SimulationError(f"{path}: {getattr(exc, 'strerror', None) or exc}") from None
+    except UnicodeDecodeError as exc:
+        raise SimulationError(f"{path}: it is not text in UTF-8: {exc.reason}") from None
+    except _LineError as exc:
+        raise SimulationError(f"{path}, line {exc.line}: {exc}") from None
+    except msgspec.DecodeError as exc:
+        raise SimulationError(f"{path}: {exc}") from None
+    if not taken:
+        raise SimulationError(f"{path}: there are no requests in it")
+    first = min(time for time, _, _ in taken)
+    arrivals = [Arrival((time - first) / options.speed, model, service) for time, model, service in taken]
+    return Workload(path.name, [Script([sorted(arrivals, key=lambda arrival: arrival.offset)])])
+
+
+class _LineError(Exception):
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+_Row = tuple[float, str, float]
+"""Time of arrival, model, service; seconds."""
+
+
+def _bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    return gzip.decompress(data) if path.suffix == ".gz" else data
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with (
+        path.open("rb") as raw,
+        io.TextIOWrapper(gzip.open(raw) if path.suffix == ".gz" else raw, "utf-8-sig", newline="") as text,
+    ):
+        yield from text
+
+
+def _read_csv(lines: Iterator[str], models: Sequence[str], names: Mapping[str, str], options: TraceOptions) -> Iterator[_Row]:
+    reader = csv.reader(lines, strict=True)
+    rng = random.Random(options.seed)
+    weights = [1 / (place + 1) for place in range(len(models))]
+    try:
+        columns = {name.strip().lower(): index for index, name in enumerate(next(reader, []))}
+        if missing := [name for name in ("TIMESTAMP", "GeneratedTokens") if name.lower() not in columns]:
+            raise _LineError(1, f"there is no column {' and no column '.join(missing)}")
+        when, tokens, model = columns["timestamp"], columns["generatedtokens"], columns.get("model")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(columns):
+                raise _LineError(reader.line_num, f"{len(row)} values for {len(columns)} columns")
+            # Drawn for each row, so that the others keep theirs when one is given a model.
+            drawn = rng.choices(models, weights)[0]
+            named = _known(row[model], names, reader.line_num) if model is not None and row[model] else drawn
+            generated = _checked(int, row[tokens], "a number of tokens", reader.line_num)
+            yield (
+                _checked(_seconds, row[when], "a time such as 2023-11-16 18:15:46.68", reader.line_num),
+                named,
+                options.prefill + generated / options.tokens_per_second,
+            )
+    except csv.Error as exc:
+        raise _LineError(reader.line_num, str(exc)) from None
+
+
+def _read_log(lines: Iterable[str], names: Mapping[str, str]) -> Iterator[_Row]:
+    """Requests that were never admitted are given the mean of their model's others, for that is what they would have taken."""
+    decoder = msgspec.json.Decoder(RequestEntry)
+    entries: list[RequestEntry] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = decoder.decode(line)
+        except msgspec.DecodeError as exc:
+            raise _LineError(number, str(exc)) from None
+        if entry.served is not None and entry.served < 0:
+            raise _LineError(number, "served is less than 0")
+        entries.append(msgspec.structs.replace(entry, model=_known(entry.model, names, number)))
+    means = {}
+    for model in {entry.model for entry in entries}:
+        served = [entry.served for entry in entries if entry.model == model and entry.served is not None]
+        means[model] = sum(served) / len(served) if served else 0.0
+    for entry in entries:
+        yield entry.time, entry.model, means[entry.model] if entry.served is None else entry.served
+
+
+def _read_json(data: bytes, names: Mapping[str, str], options: TraceOptions) -> Workload:
+    if options.speed != 1 or options.limit is not None:
+        raise SimulationError("a workload file is played as it is: speed and limit are for traces")
+    load = msgspec.json.decode(data, type=Workload)
+    for script in load.scripts:
+        for arrival in (arrival for part in script.rounds for arrival in part):
+            if min(arrival.offset, arrival.service, script.start, script.pause) < 0:
+                raise msgspec.ValidationError("start, pause, offset and service must not be less than 0")
+            if arrival.model not in names:
+                raise msgspec.ValidationError(f"the model {arrival.model!r} is not configured")
+
+    def renamed(script: Script) -> Script:
+        return Script(
+            [[Arrival(a.offset, names[a.model], a.service) for a in part] for part in script.rounds], script.start, script.pause
+        )
+
+    return Workload(load.name, [renamed(script) for script in load.scripts])
+
+
+def _known(name: str, names: Mapping[str, str], line: int) -> str:
+    try:
+        return names[name]
+    except KeyError:
+        raise _LineError(line, f"the model {name!r} is not configured") from None
+
+
+def _checked(convert: Callable[[str], float], text: str, what: str, line: int) -> float:
+    try:
+        value = convert(text)
+        if not math.isfinite(value) or value < 0:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise _LineError(line, f"{text!r} is not {what}") from None
+    return value
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, or a date and time, UTC if it does not say where; fractions of a second may have any length."""
+    try:
+        return float(text)
+    except ValueError:
+        time = datetime.fromisoformat(text)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
