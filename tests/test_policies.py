@@ -199,7 +199,8 @@ COMMON = {"sleep_level": 1, "request_timeout": 60.0, "drain": True, "drain_timeo
 @pytest.mark.parametrize(
     ("policy", "kind", "settings"),
     [
-        ({}, FifoPolicy, {"min_active_duration": 5.0}),
+        ({}, GatedQuantumPolicy, {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5}),
+        ({"name": "fifo"}, FifoPolicy, {"min_active_duration": 5.0}),
         ({"name": "fifo", "min_active_duration": 0}, FifoPolicy, {"min_active_duration": 0.0}),
         ({"name": "gated_quantum"}, GatedQuantumPolicy, {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5}),
         (
@@ -232,7 +233,10 @@ def test_each_policy_takes_the_settings_that_all_have() -> None:
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ({"quantum": 4}, r"\$\.policy\.quantum: has no effect with the policy fifo: it belongs to gated_quantum, pressure"),
+        (
+            {"name": "fifo", "quantum": 4},
+            r"\$\.policy\.quantum: has no effect with the policy fifo: it belongs to gated_quantum, pressure",
+        ),
         (
             {"name": "gated_quantum", "max_wait": 4},
             r"\$\.policy\.max_wait: has no effect with the policy gated_quantum: it belongs to pressure, throughput",
