@@ -111,10 +111,8 @@ def row(load: str, policy: str, mean: float, *, predicted: float | None = None, 
 
 
 def hour(default: float, best: float, longest: float = 50.0) -> Hour:
-    longest_waits = {"gated_quantum": longest, "pressure": 50.0}
-    return Hour(
-        3, 20, 1, 900, {"gated_quantum": default, "pressure": best}, longest_waits, dict.fromkeys(longest_waits, 60.0), 5.0
-    )
+    means, longest_waits = {"gated_quantum": default, "pressure": best}, {"gated_quantum": longest, "pressure": 50.0}
+    return Hour(3, 20, 1, 900, means, longest_waits, dict.fromkeys(means, 60.0), 2.0, 2.5)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from llmux_asgi import ModelCosts
 from llmux_asgi.config import PolicyName
-from llmux_asgi.simulate import Workload, simulate
+from llmux_asgi.simulate import lower_bound, simulate
 from tests.benchmarks.scheduling.bounds import bound
 from tests.benchmarks.scheduling.loads import COSTS
 from tests.benchmarks.scheduling.report import Hour
@@ -36,17 +36,9 @@ def _hour(models: str, every: int, seed: int, policies: Sequence[PolicyName]) ->
     workload = replay("hour", models, seed, start=0.0, seconds=3600.0, every=every)
     costs = {model: ALL_COSTS[model] for model in models}
     figures = {name: simulate(workload, policy_of(name), costs, seeds=costs).figures() for name in policies}
-    return Hour(
-        len(models),
-        every,
-        seed,
-        workload.size,
-        {name: each.mean_wait for name, each in figures.items()},
-        {name: each.longest_wait for name, each in figures.items()},
-        {name: bound(policy_of(name), workload, costs) for name in policies},
-        _lower_bound(workload, costs),
-    )
-
-
-def _lower_bound(workload: Workload, costs: dict[str, ModelCosts]) -> float | None:
-    return None
+    means: dict[str, float] = {name: each.mean_wait for name, each in figures.items()}
+    floor = lower_bound(workload, costs)
+    assert floor is not None  # it is an open load
+    longest: dict[str, float] = {name: each.longest_wait for name, each in figures.items()}
+    limits: dict[str, float] = {name: bound(policy_of(name), workload, costs) for name in policies}
+    return Hour(len(models), every, seed, workload.size, means, longest, limits, floor.clairvoyant, floor.non_anticipating)

@@ -81,8 +81,10 @@ class Hour(msgspec.Struct, frozen=True):
     mean_waits: dict[str, float]
     longest_waits: dict[str, float]
     bounds: dict[str, float]
-    lower_bound: float | None
-    """No policy, and none that knows the future, has a shorter mean wait."""
+    clairvoyant: float
+    """No schedule has a shorter mean wait, not even one that knows the future and switches ahead."""
+    non_anticipating: float
+    """Nor one that knows the future and, as the gateway, wakes no model before somebody waits for it."""
 
     @property
     def by_best(self) -> float:
@@ -90,9 +92,10 @@ class Hour(msgspec.Struct, frozen=True):
         return self.mean_waits[DEFAULT] / min(self.mean_waits.values())
 
     @property
-    def by_lower_bound(self) -> float | None:
-        """The default's mean wait by the lower bound."""
-        return self.mean_waits[DEFAULT] / self.lower_bound if self.lower_bound else None
+    def by_bounds(self) -> tuple[float, float]:
+        """The default's mean wait by each of the two lower bounds."""
+        mean = self.mean_waits[DEFAULT]
+        return mean / self.clairvoyant, mean / self.non_anticipating
 
 
 class Report(msgspec.Struct):
