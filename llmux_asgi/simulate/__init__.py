@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .bound import Bound, lower_bound
 from .engine import simulate
 from .errors import SimulationError
 from .result import Figures, Outcome, RequestRecord, Result, SwitchRecord
@@ -10,6 +11,7 @@ from .workload import Arrival, Script, Workload
 
 __all__ = [
     "Arrival",
+    "Bound",
     "Figures",
     "Outcome",
     "RequestRecord",
@@ -19,6 +21,7 @@ __all__ = [
     "SwitchRecord",
     "TraceOptions",
     "Workload",
+    "lower_bound",
     "read_workload",
     "simulate",
 ]
