@@ -1,8 +1,9 @@
-"""The command `llmux-asgi`: a simulated vLLM server to develop against, and the configuration's JSON schema."""
+"""The command `llmux-asgi`: a simulator for policies, a simulated vLLM server, and the configuration's JSON schema."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 __all__ = ["main"]
@@ -12,8 +13,11 @@ try:
     import typer
 
     from .config import json_schema
+    from .exceptions import LLMuxError
     from .sim import GpuOutOfMemoryError, SimOptions
     from .sim.vllm import serve
+    from .simulate import TraceOptions
+    from .simulate.command import run as run_simulation
 except ImportError as _error:
     _missing: ImportError | None = _error
 else:
@@ -90,6 +94,44 @@ else:
             _fail(f"sim-vllm: {error}", 2)
         except (OSError, OverflowError, GpuOutOfMemoryError) as error:
             _fail(f"sim-vllm {name}: {error}", 1)
+
+    @app.command()
+    def simulate(
+        trace: Annotated[
+            Path,
+            typer.Argument(
+                help="The load, by its ending: .csv (TIMESTAMP, ContextTokens, GeneratedTokens, and model if there is one), "
+                ".jsonl (the gateway's request log), .json (a workload, closed loops too); .gz after it if compressed."
+            ),
+        ],
+        config: Annotated[Path, typer.Option(help="The gateway's configuration: models, costs, policy.")],
+        active: Annotated[str | None, typer.Option(help="Model that is awake at the start; default: none.")] = None,
+        sleep_seconds: Annotated[
+            float | None, typer.Option(min=0, help="What a sleep takes, of models without costs in the configuration.")
+        ] = None,
+        wake_seconds: Annotated[float | None, typer.Option(min=0, help="What a wake takes, of models without costs.")] = None,
+        prefill: Annotated[float, typer.Option(min=0, help="CSV: seconds before the first token.")] = 0.2,
+        tokens_per_second: Annotated[float, typer.Option(min=0.001, help="CSV: tokens that a request gets a second.")] = 40.0,
+        speed: Annotated[float, typer.Option(min=0.000001, help="Factor for the rate of arrivals.")] = 1.0,
+        limit: Annotated[int | None, typer.Option(min=1, help="Take only so many requests.")] = None,
+        seed: Annotated[int, typer.Option(help="CSV without models: for the draw, weight 1/k for the k-th model.")] = 0,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+        plot: Annotated[Path | None, typer.Option(help="Write an HTML page: who was active when, and the waits.")] = None,
+    ) -> None:
+        """Play a load against every switch policy, in virtual time, and compare their waits with what is possible at best."""
+        try:
+            run_simulation(
+                trace,
+                config,
+                TraceOptions(prefill, tokens_per_second, speed, limit, seed),
+                active=active,
+                sleep_seconds=sleep_seconds,
+                wake_seconds=wake_seconds,
+                as_json=json,
+                plot=plot,
+            )
+        except LLMuxError as error:
+            _fail(f"simulate: {error}", 2)
 
     @app.command()
     def schema() -> None:

@@ -9,6 +9,7 @@ slots, and that is what is charged, so that rounding makes no schedule dearer th
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -26,10 +27,13 @@ _MOST = 100_000
 class Queue:
     """The requests for one model. Prefix sums over the slots tell what it costs that it was away."""
 
-    def __init__(self, slots: Iterable[int], horizon: int, sleep: float, wake: float) -> None:
+    def __init__(self, requests: Iterable[tuple[int, int]], horizon: int, sleep: float, wake: float) -> None:
+        """Take each request's slot, and for how many slots it holds its model awake once it is admitted."""
         counts = [0] * (horizon + 1)
-        for slot in slots:
+        self._holds = [0] * (horizon + 1)
+        for slot, hold in requests:
             counts[slot] += 1
+            self._holds[slot] = max(self._holds[slot], hold)
         self.before = [0, *accumulate(counts)]
         """`before[k]`: requests of the slots before k."""
         self.weighted = [0, *accumulate(slot * count for slot, count in enumerate(counts))]
@@ -46,6 +50,28 @@ class Queue:
         count = self.before[back] - self.before[left + 1]
         return (back - 1) * count - (self.weighted[back] - self.weighted[left + 1])
 
+    def leaves(self, absence: int) -> list[int]:
+        """For each slot of a return: before which slot the model is not left again, as those who waited are served.
+
+        `absence` is the shortest time that the model can have been away. Whoever came in its last `absence` slots has waited.
+        Made so that it never falls from one slot to the next. It is lower for that, not higher, so a bound stays one; and good
+        prices are found sooner.
+        """
+        end = len(self._holds)
+        window: deque[int] = deque()  # slots whose holds fall from one to the next
+        result = list(range(end))
+        for back in range(end):
+            while window and window[0] <= back - absence:
+                window.popleft()
+            if window:
+                result[back] = back + self._holds[window[0]]
+            while window and self._holds[window[-1]] <= self._holds[back]:
+                window.pop()
+            window.append(back)
+        for back in range(end - 2, -1, -1):
+            result[back] = min(result[back], result[back + 1])
+        return result
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -58,15 +84,31 @@ class Grid:
     queues: Mapping[str, Queue]
 
     @classmethod
-    def of(cls, arrivals: Mapping[str, list[float]], costs: Mapping[str, ModelCosts], width: float) -> Grid:
-        """Lay the times of arrival, by model, on slots of `width` seconds."""
-        slots = {model: [math.floor(time / width) for time in times] for model, times in arrivals.items()}
-        last = max((slot for each in slots.values() for slot in each), default=0)
+    def of(
+        cls,
+        arrivals: Mapping[str, list[float]],
+        costs: Mapping[str, ModelCosts],
+        width: float,
+        holds: Mapping[str, list[float]] | None = None,
+    ) -> Grid:
+        """Lay the times of arrival, by model, on slots of `width` seconds.
+
+        `holds` tells in the same order for how many seconds each request holds its model awake; `None`: not at all.
+        """
+        slots = {
+            model: [
+                (math.floor(time / width), math.floor(hold / width))
+                for time, hold in zip(times, holds[model] if holds else [0.0] * len(times), strict=True)
+            ]
+            for model, times in arrivals.items()
+        }
+        last = max((slot for each in slots.values() for slot, _ in each), default=0)
+        hold = max((hold for each in slots.values() for _, hold in each), default=0)
         sleeps = {model: costs[model].sleep or 0.0 for model in slots}
         wakes = {model: costs[model].wake or 0.0 for model in slots}
         # After the last arrival each model is woken once more at most, after the switch that may be under way by then.
         longest = max(sleeps.values(), default=0.0) + max(wakes.values(), default=0.0)
-        horizon = last + 2 + (len(slots) + 1) * (math.floor(longest / width) + 1)
+        horizon = last + 2 + (len(slots) + 1) * (math.floor(longest / width) + hold + 1)
         return cls(width, horizon, {model: Queue(each, horizon, sleeps[model], wakes[model]) for model, each in slots.items()})
 
     def slots(self, seconds: float) -> int:

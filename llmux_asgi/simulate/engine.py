@@ -152,6 +152,7 @@ class _Engine:
         self._requests: list[_Request] = []
         self._running: dict[str, dict[_Request, None]] = {model: {} for model in models}
         self._switches: list[SwitchRecord] = []
+        self._origin: str | None = None
         self._begun = 0.0
         self._committed: float | None = None
         self._served = self._serving = 0.0
@@ -294,7 +295,7 @@ class _Engine:
         state = self._state
         rest = state.active_since + self._policy.min_active_duration - self._now if state.active is not None else 0.0
         state.begin(to)
-        self._begun, self._committed = self._now, None
+        self._origin, self._begun, self._committed = state.active, self._now, None
         self._stage += 1
         if rest > 0:
             self._at(self._now + rest, _STEP, self._drain, self._stage)
@@ -364,14 +365,13 @@ class _Engine:
             self._abandon()
             return
         state.wake_up()
-        self._at(self._now + self._wakes[to], _STEP, self._complete, (origin, to))
+        self._at(self._now + self._wakes[to], _STEP, self._complete, to)
 
-    def _complete(self, models: tuple[str | None, str]) -> None:
-        origin, to = models
+    def _complete(self, to: str) -> None:
         self._state.ready()
         self._estimates.wake_took(to, self._levels[to], self._wakes[to])
         self._costs = None
-        self._switches.append(SwitchRecord(origin, to, self._begun, self._committed, self._now, completed=True))
+        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._now, completed=True))
         self._grant(self._state.complete(self._now))
 
     def _abandon(self) -> None:
@@ -379,8 +379,8 @@ class _Engine:
         if self._preparation is not None:
             self._preparation.close()
             self._preparation = None
-        origin, to = self._state.active, str(self._state.target)
-        self._switches.append(SwitchRecord(origin, to, self._begun, self._committed, self._now, completed=False))
+        to = str(self._state.target)
+        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._now, completed=False))
         self._grant(self._state.abandon())
 
     def _grant(self, granted: list[Ticket]) -> None:

@@ -9,7 +9,7 @@ subgradient steps: dearer where several models want to be, cheaper where none do
 One model alone, with B(u) the least cost of all that comes after it was left in slot u, is the minimum of lines as in
 `bound.py`:
 
-    B(u) = min over e ≥ u + sleep + wake of  away(u, e) + min over v ≥ e of  λ(e - wake … v + sleep) + B(v)
+    B(u) = min over e ≥ u + sleep + wake of  away(u, e) + min over v ≥ l(e) of  λ(e - wake … v + sleep) + B(v)
 
 Source: Geoffrion, *Lagrangean relaxation for integer programming*, 1974; steps after Polyak, 1969.
 """
@@ -37,18 +37,20 @@ def relaxed_cost(
     costs: Mapping[str, ModelCosts],
     active: str | None = None,
     *,
+    holds: Mapping[str, list[float]] | None = None,
     anticipating: bool = True,
     slots: int = 3_000,
 ) -> float:
     """Return a bound on the sum of the waits in seconds. `arrivals` are times by model.
 
-    Prices are sought on about `slots` slots, more if those would be long against a switch; the result is on finer ones.
+    `holds`: for how many seconds each request holds its model awake, in the same order; `None`: drains are ignored. Prices are
+    sought on about `slots` slots, more if those would be long against a switch; the result is on finer ones.
     """
     width = slot_width(arrivals, costs, slots)
-    coarse = _Relaxation(Grid.of(arrivals, costs, width), active, anticipating)
+    coarse = _Relaxation(Grid.of(arrivals, costs, width, holds), active, anticipating)
     prices = coarse.search()
     factor = max(1, round(width / slot_width(arrivals, costs, 10 * slots)))
-    fine = _Relaxation(Grid.of(arrivals, costs, width / factor), active, anticipating)
+    fine = _Relaxation(Grid.of(arrivals, costs, width / factor, holds), active, anticipating)
     refined = [prices[min(slot // factor, len(prices) - 1)] for slot in range(fine.end)]
     return max(coarse.value(prices)[0] * width, fine.value(refined)[0] * width / factor, 0.0)
 
@@ -65,7 +67,12 @@ class _Relaxation:
             before = 0 if active is None or active == model else sleeps[active]
             least = min((sleep for other, sleep in sleeps.items() if other != model), default=0)
             wake = grid.slots(queue.wake)
-            self._models.append(_Alone(queue, grid.horizon, sleeps[model], wake, before, least, active == model, anticipating))
+            # It is left for another one, and that one for it.
+            others = [other.sleep + other.wake for name, other in grid.queues.items() if name != model]
+            leaves = queue.leaves(grid.slots(queue.sleep + queue.wake + min(others, default=0.0)))
+            self._models.append(
+                _Alone(queue, leaves, grid.horizon, sleeps[model], wake, before, least, active == model, anticipating)
+            )
 
     def value(self, prices: Sequence[float]) -> tuple[float, list[int]]:
         """The bound that `prices` give, and how many models occupy each slot."""
@@ -120,6 +127,7 @@ class _Alone:
     def __init__(
         self,
         queue: Queue,
+        leaves: Sequence[int],
         horizon: int,
         sleep: int,
         wake: int,
@@ -129,6 +137,7 @@ class _Alone:
         anticipating: bool,
     ) -> None:
         self._queue = queue
+        self._leaves = [min(leave, horizon) for leave in leaves]
         self._horizon = horizon
         self._sleep, self._wake = sleep, wake
         self._active = active
@@ -144,7 +153,7 @@ class _Alone:
     def solve(self, totals: Sequence[float]) -> tuple[float, list[tuple[int, int]]]:
         """The least cost at prices whose sums up to each slot are `totals`, and the slots that its turns occupy."""
         queue, horizon, sleep, wake = self._queue, self._horizon, self._sleep, self._wake
-        before, weighted, earliest = queue.before, queue.weighted, self._earliest
+        before, weighted, earliest, leaves = queue.before, queue.weighted, self._earliest, self._leaves
         everybody = before[-1]
         hull = LowerHull()
         added = horizon + 1
@@ -156,7 +165,7 @@ class _Alone:
             if gone < everybody:
                 for slot in range(added - 1, earliest[left] - 1, -1):
                     paid = totals[slot - wake if slot > wake else 0]
-                    hull.add(slot - 1, (slot - 1) * before[slot] - weighted[slot] - paid + stay[slot])
+                    hull.add(slot - 1, (slot - 1) * before[slot] - weighted[slot] - paid + stay[leaves[slot]])
                 added = min(added, earliest[left])
                 rest, slope = hull.lowest(gone)
                 rest += weighted[left + 1]
@@ -168,17 +177,17 @@ class _Alone:
                 stay[left], leave[left] = stay[left + 1], leave[left + 1]
         begin, turns = 0, []
         if self._active:
-            slot, cost = 0, stay[0]
+            slot, cost = 0, stay[leaves[0]]
         elif everybody:
             cost, slot = min(
-                (queue.away(-1, slot) - totals[max(slot - wake, 0)] + stay[slot], slot)
+                (queue.away(-1, slot) - totals[max(slot - wake, 0)] + stay[leaves[slot]], slot)
                 for slot in range(self._first, horizon + 1)
             )
             begin = max(slot - wake, 0)
         else:
             return 0.0, []
         while True:
-            left = leave[slot]
+            left = leave[leaves[slot]]
             turns.append((begin, left + sleep))
             slot = back[left]
             if slot < 0:

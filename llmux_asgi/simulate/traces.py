@@ -45,6 +45,12 @@ class TraceOptions:
     seed: int = 0
     """For the draw of models where the trace names none."""
 
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.prefill, self.tokens_per_second, self.speed))):
+            raise SimulationError("prefill, tokens per second and speed must be finite numbers")
+        if self.prefill < 0 or self.tokens_per_second <= 0 or self.speed <= 0:
+            raise SimulationError("prefill must not be less than 0; tokens per second and speed must be more")
+
 
 def read_workload(
     path: Path, models: Sequence[str], *, aliases: Mapping[str, str] | None = None, options: TraceOptions | None = None

@@ -66,7 +66,7 @@ def test_a_host_written_from_the_readme_serves_both_models(
 
 def test_code_that_stands_in_the_pages_runs() -> None:
     code = [(page.name, block) for page in PAGES if page != README for block in blocks(page, "python")]
-    assert [name for name, _ in code] == ["simulated-vllm.md"]
+    assert [name for name, _ in code] == ["simulated-vllm.md", "simulator.md", "simulator.md"]
     for _, block in code:
         exec(block, {})  # noqa: S102 - this repository's own documentation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 from llmux_asgi import ModelCosts
 from llmux_asgi.config import PolicyName
@@ -23,12 +24,13 @@ ALL_COSTS = {**COSTS, "d": ModelCosts(2.0, 3.0), "e": ModelCosts(2.0, 5.0)}
 
 def simulate_hours(policies: Sequence[PolicyName], seeds: Sequence[int], tell: Callable[[str], None]) -> list[Hour]:
     """Each number of models, each rate, each seed."""
-    hours = []
-    for models in MODELS:
-        for every in EVERY:
-            for seed in seeds:
-                tell(f"an hour of the trace: {len(models)} models, 1 of {every}, seed {seed}")
-                hours.append(_hour(models, every, seed, policies))
+    cases = [(models, every, seed) for models in MODELS for every in EVERY for seed in seeds]
+    with ProcessPoolExecutor() as pool:
+        under_way = [pool.submit(_hour, *case, policies) for case in cases]
+        hours = []
+        for (models, every, seed), future in zip(cases, under_way, strict=True):
+            hours.append(future.result())
+            tell(f"an hour of the trace: {len(models)} models, 1 of {every}, seed {seed}")
     return hours
 
 
