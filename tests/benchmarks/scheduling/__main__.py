@@ -26,7 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help="measure, trace (simulated hours), page; default: all three")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--factor", type=float, default=10.0, help="what all times are divided by; half of it for bursts")
-    parser.add_argument("--loads", nargs="+", choices=[load.name for load in LOADS], default=[load.name for load in LOADS])
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        choices=[load.name for load in LOADS],
+        default=[load.name for load in LOADS],
+        help="measure these alone, and keep the other rows",
+    )
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder whose page and files are written")
     given = parser.parse_args(arguments)
@@ -37,8 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = read((given.docs / JSON).read_bytes()) if (given.docs / JSON).exists() else Report()
     if "measure" in parts:
         measured = measure([load for load in LOADS if load.name in given.loads], policies, given.seeds, given.factor, tell)
-        measured.hours = report.hours
-        report = measured
+        report = replaced(report, measured)
     if "trace" in parts:
         report.hours = simulate_hours(policies, given.seeds, tell)
     (given.docs / JSON).parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +56,15 @@ def main(arguments: list[str] | None = None) -> int:
             page = given.docs / name
             page.write_text(fill(page.read_text(), blocks, report))
     return 0 if all(each.holds for each in verdicts(report)) else 1
+
+
+def replaced(report: Report, measured: Report) -> Report:
+    """`measured`, with the loads of `report` that were not measured again, and its hours."""
+    rows = {(row.load, row.policy): row for row in (*report.rows, *measured.rows)}
+    order = {load.name: place for place, load in enumerate(LOADS)}
+    seconds = measured.seconds + (report.seconds if len(rows) > len(measured.rows) else 0.0)
+    kept = sorted(rows.values(), key=lambda row: order[row.load])
+    return Report(measured.factor, measured.machine, seconds, kept, report.hours)
 
 
 def tell(what: str) -> None:
