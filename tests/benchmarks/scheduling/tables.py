@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from tests.benchmarks.scheduling.loads import LOADS
 from tests.benchmarks.scheduling.report import DEFAULT, Report, Row, verdicts
 
-MEANINGLESS = 100.0
-
 __all__ = ["BLOCKS", "PAGES", "fill"]
 
 
@@ -85,8 +83,7 @@ def _hours(report: Report) -> str:
     for hour in report.hours:
         which = [str(each) for each in (hour.models, hour.every, hour.seed, hour.requests)]
         waits = [f"{hour.mean_waits[name]:.2f}" for name in report.policies]
-        # One who knows the future meets sparse requests with hardly a wait: by that, a ratio says nothing.
-        ratios = [f"{ratio:.1f}" if ratio < MEANINGLESS else "" for ratio in hour.by_bounds]
+        ratios = [f"{ratio:.1f}" for ratio in hour.by_bounds]
         floors = [f"{hour.clairvoyant:.2f}", ratios[0], f"{hour.non_anticipating:.2f}", ratios[1]]
         rows.append([*which, *waits, f"{hour.by_best:.2f}", *floors])
     return _table(head, rows, 0)
