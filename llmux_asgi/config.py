@@ -10,7 +10,7 @@
       llama:
         command: [vllm, serve, llama-3, --port, "{port}"]   # started, stopped and restarted by the gateway
         env: {CUDA_VISIBLE_DEVICES: "0"}
-    policy: {name: fifo, min_active_duration: 5}
+    policy: {name: gated_quantum, request_timeout: 120}
     limits: {max_body: 33554432}
 
 All durations are in seconds, all sizes in bytes. Unknown keys are errors.
@@ -200,7 +200,7 @@ def _check_url(url: str) -> None:
 class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When to switch."""
 
-    name: Annotated[PolicyName, Meta(description="The switch policy.")] = "fifo"
+    name: Annotated[PolicyName, Meta(description="The switch policy.")] = "gated_quantum"
     sleep_level: Annotated[SleepLevel, Meta(description="Sleep level of models that do not set their own.")] = 1
     request_timeout: Annotated[
         PositiveSeconds | None, Meta(description="Longest wait of a request for its model; null: no limit.")

@@ -59,7 +59,7 @@ class Pair:
 
     def config(self, **options: Any) -> dict[str, Any]:
         """Return a gateway's configuration; the models are called `first` and `second` there."""
-        policy = {"min_active_duration": 0, **options.pop("policy", {})}
+        policy = {"name": "fifo", "min_active_duration": 0, **options.pop("policy", {})}
         models = {
             alias: {"url": server.url, "served_name": server.name, **options}
             for alias, server in zip(("first", "second"), self.servers.values(), strict=True)

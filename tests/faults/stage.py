@@ -225,7 +225,7 @@ class Stage:
             models[model] = {**server, "timeouts": timeouts, **own}
         return {
             "models": models,
-            "policy": {"min_active_duration": 0, "request_timeout": 20, **self.setting.policy},
+            "policy": {"name": "fifo", "min_active_duration": 0, "request_timeout": 20, **self.setting.policy},
             "limits": {"backoff_initial": 0, "backoff_max": 0, "health_interval": None, "shutdown": 5, **self.setting.limits},
             "memory": {"settle": 0.3},
         }
