@@ -19,7 +19,7 @@ import httpx
 
 from tests.support.serve import EventLoop
 
-__all__ = ["CLOSE", "GatewayProcess", "gateway_process"]
+__all__ = ["CLOSE", "GatewayProcess", "failed_start", "gateway_process"]
 
 CLOSE = {"connection": "close"}
 """For requests that must leave nothing open: hypercorn on trio keeps a connection that its client has closed for 5 s."""
@@ -107,3 +107,13 @@ def gateway_process(
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def failed_start(config: Mapping[str, Any], loop: EventLoop) -> tuple[int, str]:
+    """Start a gateway that must not come up. Returns its exit status and its log. Raises `subprocess.TimeoutExpired`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "tests.support.host", str(path), loop]
+        done = subprocess.run(command, cwd=_ROOT, stdin=subprocess.DEVNULL, capture_output=True, timeout=_START_SECONDS)
+        return done.returncode, done.stderr.decode(errors="replace")
