@@ -53,7 +53,7 @@ def _print(comparison: Comparison, size: int) -> None:
     table.add_column("policy", no_wrap=True)
     figures = [run.figures for run in comparison.runs]
     refuses, freezes = any(f.refused for f in figures), any(f.freezes for f in figures)
-    extra = [*(["refused"] if refuses else []), *(["freezes", "mean frozen", "longest"] if freezes else [])]
+    extra = [*(["refused"] if refuses else []), *(["freezes", "mean frozen", "longest frozen"] if freezes else [])]
     for name in ("mean wait", "p50", "p99", "longest", "switches", "serving", "lost", "cut", *extra, "÷ bound"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in comparison.runs:

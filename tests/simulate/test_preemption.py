@@ -61,9 +61,9 @@ def test_one_that_was_frozen_often_enough_finishes_first() -> None:
     assert (result.requests[0].freezes, result.requests[0].finish) == (1, about(19.5))
 
 
-def test_the_switch_goes_on_as_soon_as_the_last_one_that_must_finish_has() -> None:
-    # The old request must finish, at 19.5; the other one that came with its second turn is frozen then.
-    load = once((0.0, "a", 10.0), (3.0, "b", 1.0), (12.5, "a", 30.0), (13.0, "b", 1.0), (14.0, "a", 1.0))
+def test_the_switch_goes_on_when_the_last_one_that_must_finish_has_and_freezes_the_others() -> None:
+    # The old one must finish, at 19.5. One that came in its second turn ends at the same time, the other is frozen then.
+    load = once((0.0, "a", 10.0), (3.0, "b", 1.0), (12.5, "a", 30.0), (13.0, "b", 1.0), (13.5, "a", 6.0))
     policy = FifoPolicy(min_active_duration=1.5, drain="preempt", max_freezes=1)
     result = simulate(load, policy, COSTS, active="a")
     assert [request.freezes for request in result.requests] == [1, 0, 1, 0, 0]
