@@ -12,8 +12,8 @@ __all__ = ["bound", "lone_bound"]
 
 
 def bound(policy: SwitchPolicy, workload: Workload, costs: Mapping[str, ModelCosts]) -> float:
-    """The formula, with the number of models, the dearest switch and the longest answer (D) of the load. In seconds."""
-    n, cost, drain = _figures(workload, costs)
+    """The formula, with the number of models, the dearest switch and the longest drain (D) of the load. In seconds."""
+    n, cost, drain = _figures(policy, workload, costs)
     least = policy.min_active_duration
     match policy:
         case FifoPolicy():
@@ -29,7 +29,7 @@ def bound(policy: SwitchPolicy, workload: Workload, costs: Mapping[str, ModelCos
 
 def lone_bound(policy: SwitchPolicy, workload: Workload, costs: Mapping[str, ModelCosts]) -> float:
     """The same for one request that meets endless traffic of one other model: what is left of a turn, a drain and a switch."""
-    _, cost, drain = _figures(workload, costs)
+    _, cost, drain = _figures(policy, workload, costs)
     match policy:
         case ThroughputPolicy(max_wait=turn):
             pass
@@ -40,8 +40,9 @@ def lone_bound(policy: SwitchPolicy, workload: Workload, costs: Mapping[str, Mod
     return turn + drain + cost
 
 
-def _figures(workload: Workload, costs: Mapping[str, ModelCosts]) -> tuple[int, float, float]:
+def _figures(policy: SwitchPolicy, workload: Workload, costs: Mapping[str, ModelCosts]) -> tuple[int, float, float]:
+    """The longest drain is the longest answer, or none if the policy preempts."""
     models = workload.models
     dearest = max((costs[i].sleep or 0) + (costs[j].wake or 0) for i in models for j in models if len(models) == 1 or i != j)
     longest = max(arrival.service for script in workload.scripts for part in script.rounds for arrival in part)
-    return len(models), dearest, longest
+    return len(models), dearest, 0.0 if getattr(policy, "drain", "wait") == "preempt" else longest

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llmux_asgi import ModelCosts
+from llmux_asgi.config import DrainMode
 from llmux_asgi.simulate import Arrival, Script, Workload
 from tests.benchmarks.scheduling.traces import replay
 
@@ -21,6 +22,8 @@ COSTS = {"a": ModelCosts(2.0, 1.6), "b": ModelCosts(2.0, 7.0), "c": ModelCosts(2
 
 SERVICE = (1.0, 3.0)
 """Shortest and longest answer where the load does not say it; drawn evenly between them."""
+LONG_SERVICE, LONG_ROUNDS = (20.0, 40.0), 4
+"""The same, and the requests of a loop, where long answers are what it is about."""
 ROUNDS = 50
 """Requests of each endless loop. Their end falls into the middle of a turn, with each policy: near the end of one, a
 hair decides whether two more switches are needed."""
@@ -47,6 +50,8 @@ class Load:
     """Whether the default must have a shorter mean wait than FIFO here."""
     bounded_only: bool = False
     """Whether only the longest wait is judged: FIFO serves a lone request first, at the cost of all others."""
+    drain: DrainMode = "wait"
+    """What becomes of running answers."""
     burst: bool = False
     """Whether many requests come at once. The gateway's own work counts most there: such loads run alone, and at half the
     factor."""
@@ -101,6 +106,15 @@ def starvation(seed: int) -> Workload:
     return Workload("starvation", [_loop(chance, "a", 0.0), _loop(chance, "a", 1.0), _loop(chance, "b", 6.0, rounds=1)])
 
 
+def starvation_preempted(seed: int) -> Workload:
+    chance = random.Random(f"starvation, preempted {seed}")
+
+    def long(start: float) -> Script:
+        return Script([[Arrival(0.0, "a", chance.uniform(*LONG_SERVICE))] for _ in range(LONG_ROUNDS)], start)
+
+    return Workload("starvation, preempted", [long(0.0), long(10.0), _loop(chance, "b", 6.0, rounds=1)])
+
+
 def trace(models: str) -> Callable[[int], Workload]:
     def make(seed: int) -> Workload:
         return replay(f"trace {len(models)}", models, seed, start=600.0 * seed % 3000, seconds=TRACE_SECONDS, every=TRACE_EVERY)
@@ -121,6 +135,13 @@ LOADS = [
         f"two overlapping closed loops of {ROUNDS} requests on A, 6 s later one request for B",
         starvation,
         bounded_only=True,
+    ),
+    Load(
+        "starvation, preempted",
+        f"the same with {LONG_ROUNDS} answers of {LONG_SERVICE[0]:.0f} to {LONG_SERVICE[1]:.0f} s a loop, and `drain: preempt`",
+        starvation_preempted,
+        bounded_only=True,
+        drain="preempt",
     ),
     Load(
         "trace, 2 models",

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 
 from llmux_asgi import PolicyConfig
-from llmux_asgi.config import POLICY_PARAMETERS, PolicyName
+from llmux_asgi.config import POLICY_PARAMETERS, DrainMode, PolicyName
 from llmux_asgi.policy import build_policy
 from llmux_asgi.sim import SimOptions, SimProcess, start_sims
 from llmux_asgi.simulate import Workload
@@ -49,13 +49,13 @@ class Lane:
         self._servers = servers
         self._factor = factor
 
-    def run(self, workload: Workload, policy: PolicyName) -> Run:
+    def run(self, workload: Workload, policy: PolicyName, drain: DrainMode = "wait") -> Run:
         """Measure it on a new gateway. Raises `RuntimeError` if a request or a switch failed."""
         with httpx.Client(trust_env=False) as client:
             for server in self._servers:
                 client.post(f"{server.url}/sleep", timeout=30).raise_for_status()
         environment = {FACTOR: str(self._factor)}
-        with gateway_process(self._config(workload.models, policy), host=_HOST, environment=environment) as gateway:
+        with gateway_process(self._config(workload.models, policy, drain), host=_HOST, environment=environment) as gateway:
             observed = asyncio.run(play(workload, f"{gateway.url}/llm", self._factor, TOKENS_PER_SECOND))
             answer = httpx.get(f"{gateway.url}/record", trust_env=False).raise_for_status()
             record = msgspec.json.decode(answer.content, type=Record)
@@ -71,7 +71,7 @@ class Lane:
             observed.late * factor,
         )
 
-    def _config(self, models: tuple[str, ...], policy: PolicyName) -> dict[str, Any]:
+    def _config(self, models: tuple[str, ...], policy: PolicyName, drain: DrainMode) -> dict[str, Any]:
         factor, urls = self._factor, {server.name: server.url for server in self._servers}
         return {
             "models": {
@@ -82,7 +82,7 @@ class Lane:
                 }
                 for model in models
             },
-            "policy": {"name": policy, "request_timeout": None, **self._scaled_defaults(policy)},
+            "policy": {"name": policy, "drain": drain, "request_timeout": None, **self._scaled_defaults(policy)},
             "limits": {"health_interval": None},
         }
 

@@ -165,7 +165,8 @@ def verdicts(report: Report) -> list[Verdict]:
     for row, _ in pairs:
         if row.lone_bound is not None:
             text = f"{row.longest:.1f} of {row.lone_bound:.1f} s"
-            found.append(Verdict("starvation: served within κ·C, a switch and the drain", text, row.longest <= row.lone_bound))
+            what = "a switch" if "preempted" in row.load else "a switch and the drain"
+            found.append(Verdict(f"{row.load}: served within κ·C, {what}", text, row.longest <= row.lone_bound))
     if report.hours:
         most = max(report.hours, key=lambda hour: hour.by_best)
         text = f"at most {most.by_best:.2f} ({most.models} models, 1 of {most.every}, seed {most.seed})"

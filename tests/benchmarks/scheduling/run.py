@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
 from llmux_asgi import PolicyConfig
-from llmux_asgi.config import PolicyName
+from llmux_asgi.config import DrainMode, PolicyName
 from llmux_asgi.policy import SwitchPolicy, build_policy
 from llmux_asgi.simulate import Arrival, Result, Script, Workload, simulate
 from tests.benchmarks.scheduling.bounds import bound, lone_bound
@@ -25,15 +25,15 @@ _WARM_UP = Workload("warm-up", [Script([[Arrival(0.0, model, 1.0) for model in C
 POLICIES: tuple[PolicyName, ...] = ("fifo", "gated_quantum", "pressure", "throughput")
 
 
-def policy_of(name: PolicyName) -> SwitchPolicy:
+def policy_of(name: PolicyName, drain: DrainMode = "wait") -> SwitchPolicy:
     """The policy with its defaults, and no limit on a wait."""
-    return build_policy(PolicyConfig(name=name, request_timeout=None))
+    return build_policy(PolicyConfig(name=name, request_timeout=None, drain=drain))
 
 
-def predict(workload: Workload, name: PolicyName) -> Result:
+def predict(workload: Workload, name: PolicyName, drain: DrainMode = "wait") -> Result:
     """Simulate the load. As the gateway that is measured, it knows the costs from the start."""
     costs = costs_of(workload)
-    return simulate(workload, policy_of(name), costs, seeds=costs)
+    return simulate(workload, policy_of(name, drain), costs, seeds=costs)
 
 
 def measure(
@@ -50,11 +50,11 @@ def measure(
                 tell(f"{time.monotonic() - begun:5.0f} s: {load.name}, seed {seed}")
                 workload = load.make(seed)
                 if load.burst:
-                    measured = [alone.run(workload, name) for name in policies]
+                    measured = [alone.run(workload, name, load.drain) for name in policies]
                 else:
-                    measured = _at_once(lanes, workload, policies)
+                    measured = _at_once(lanes, workload, policies, load.drain)
                 for name, run in zip(policies, measured, strict=True):
-                    runs[load.name, name].append(_beside(run, predict(workload, name), seed))
+                    runs[load.name, name].append(_beside(run, predict(workload, name, load.drain), seed))
     rows = [_row(load, name, seeds, runs[load.name, name]) for load in loads for name in policies]
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     return Report(factor, machine, time.monotonic() - begun, rows)
@@ -66,9 +66,9 @@ def _lanes(count: int, factor: float) -> Iterator[list[Lane]]:
         yield [stack.enter_context(lane(factor)) for _ in range(count)]
 
 
-def _at_once(lanes: Sequence[Lane], workload: Workload, policies: Sequence[PolicyName]) -> list[Run]:
+def _at_once(lanes: Sequence[Lane], workload: Workload, policies: Sequence[PolicyName], drain: DrainMode) -> list[Run]:
     with ThreadPoolExecutor(len(lanes)) as threads:
-        return list(threads.map(lambda each, name: each.run(workload, name), lanes, policies))
+        return list(threads.map(lambda each, name: each.run(workload, name, drain), lanes, policies))
 
 
 def _beside(run: Run, predicted: Result, seed: int) -> Seeded:
@@ -91,7 +91,7 @@ def _beside(run: Run, predicted: Result, seed: int) -> Seeded:
 
 
 def _row(load: Load, name: PolicyName, seeds: Sequence[int], runs: Sequence[Seeded]) -> Row:
-    policy, drawn = policy_of(name), [load.make(seed) for seed in seeds]
+    policy, drawn = policy_of(name, load.drain), [load.make(seed) for seed in seeds]
     limits = [bound(policy, workload, COSTS) for workload in drawn]
     lone = max(lone_bound(policy, workload, COSTS) for workload in drawn) if load.bounded_only else None
     return Row(load.name, name, load.beats, load.bounded_only, max(limits), lone, tuple(runs))
