@@ -156,7 +156,8 @@ class Driver:
             for model in reversed(awake):
                 if model != keep:
                     logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
-                    kept = bool(self._state.frozen(model))
+                    # As the switch that has failed would have: what it was to freeze is not cut short either.
+                    kept = self._state.frozen(model) > 0 or (model == previous and self._freeze_limit is not None)
                     await self._servers.sleep(model, self._sleep_level(model), keep=kept)
         except BackendError as exc:
             reason = f"the model {model!r} must not be awake and could not be put to sleep: {exc}"

@@ -263,6 +263,24 @@ async def test_a_server_that_fell_asleep_over_an_unclear_freeze_has_kept_its_req
     assert lease_of(long).freezes == 1
 
 
+async def test_a_server_that_may_still_fall_asleep_over_an_unclear_freeze_is_frozen_before_anything_is_served() -> None:
+    pool = Pool(OneByOne(), awake="a", backoff=(0.0, 0.0))
+    pool.backends["a"].fail("sleep", BackendTimeoutError("too late"), times=2)
+    async with running(pool) as runner:
+        long = await runner.served("a")
+        other = runner.send("b")
+        await other.done.wait()
+        assert isinstance(other.error, SwitchError)
+        await until_frozen(pool, "a", 1)
+        assert pool.gpu.events == ["freeze a", "freeze a", "freeze a", "asleep a"]
+        pool.switcher._policy.wanted = "a"  # type: ignore[attr-defined]
+        runner.send("c").scope.cancel()  # something changes: the policy is asked
+        await until_frozen(pool, "a", 0)
+        long.finish.set()
+        await long.done.wait()
+    assert not long.interrupted
+
+
 async def test_when_the_target_does_not_wake_the_frozen_requests_go_on() -> None:
     policy = preempting()
     pool = Pool(policy, awake="a", backoff=(0.0, 0.0))

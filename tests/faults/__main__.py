@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import clients, engines, processes, servers, sleeping, waking  # noqa: F401 (each registers its faults)
+from . import clients, engines, freezing, frozen, processes, servers, sleeping, waking  # noqa: F401 (each registers its faults)
 from .matrix import FAULTS
 
 __all__ = ["PAGE", "table"]

@@ -34,9 +34,11 @@ from llmux_asgi import LLMuxApp, Mode, Phase, SwitcherStatistics
 from llmux_asgi._process import processes_of
 from llmux_asgi.sim import GpuLedger, SimOptions, SimProcess
 from llmux_asgi.sim.text import TOKENS, sample
-from tests.support.eventually import eventually
+from tests.support.eventually import eventually, is_at_rest
 from tests.support.gateway_process import GatewayProcess, gateway_process
 from tests.support.serve import EventLoop, serve
+
+from .turns import Turns
 
 __all__ = ["Answer", "Setting", "Stage", "Stream", "expected", "stage_for"]
 
@@ -62,6 +64,8 @@ class Setting:
     policy: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
     memory_check: bool = False
+    turns: bool = False
+    """Preempt, and leave it to the test whose turn it is: `Stage.turns`."""
     warm: bool = True
     """Ask every model once before, `a` last."""
 
@@ -89,6 +93,7 @@ class Stream:
         self._lines = response.iter_lines()
         self.status = response.status_code
         self.text = ""
+        self.comments = 0
         self.end = ""
         """`done`, `error` (an error event), or `cut` (neither of them)."""
         self.error = ""
@@ -116,7 +121,9 @@ class Stream:
         except (StopIteration, httpx.HTTPError):
             return False
         data = line.removeprefix("data: ")
-        if data == "[DONE]":
+        if line.startswith(":"):
+            self.comments += 1
+        elif data == "[DONE]":
             self.end = self.end or "done"
         elif data:
             event = json.loads(data)
@@ -152,6 +159,7 @@ class Stage:
         self.checked = setting.models
         """The models that have to answer in the end."""
         self.url = ""
+        self.turns = Turns(**self.policy()) if setting.turns else None
         caplog.set_level(logging.INFO)
 
     def __enter__(self) -> Stage:
@@ -163,7 +171,7 @@ class Stage:
             tracer_provider = TracerProvider(shutdown_on_exit=False)
             tracer_provider.add_span_processor(SimpleSpanProcessor(self._spans))
             memory = self.ledger if self.setting.memory_check else None
-            self.llm = LLMuxApp(self.configuration(), tracer_provider=tracer_provider, memory=memory)
+            self.llm = LLMuxApp(self.configuration(), tracer_provider=tracer_provider, policy=self.turns, memory=memory)
 
             async def close(request: Request) -> Response:
                 await self.llm.aclose()
@@ -209,6 +217,11 @@ class Stage:
         self._stack.callback(sim.kill)
         sim.wait_ready()
 
+    def policy(self) -> dict[str, Any]:
+        """The section `policy` of the configuration."""
+        preempts = {"drain": "preempt"} if self.setting.turns else {}
+        return {"min_active_duration": 0, "request_timeout": 20, **preempts, **self.setting.policy}
+
     def configuration(self) -> dict[str, Any]:
         """The gateway's configuration."""
         models = {}
@@ -225,7 +238,7 @@ class Stage:
             models[model] = {**server, "timeouts": timeouts, **own}
         return {
             "models": models,
-            "policy": {"min_active_duration": 0, "request_timeout": 20, **self.setting.policy},
+            "policy": {"name": "fifo", **self.policy()},
             "limits": {"backoff_initial": 0, "backoff_max": 0, "health_interval": None, "shutdown": 5, **self.setting.limits},
             "memory": {"settle": 0.3},
         }
@@ -424,6 +437,14 @@ class Stage:
     def until_in_flight(self, model: str, count: int) -> None:
         eventually(f"{count} in flight at {model}", lambda: self.statistics().in_flight[model] == count)
 
+    def until_frozen(self, model: str, count: int) -> None:
+        eventually(f"{count} frozen of {model}", lambda: self.statistics().frozen[model] == count)
+
+    def until_forgotten(self, model: str) -> None:
+        """Wait until the server has no request any more: it has seen that its clients are gone."""
+        url = self.address(model) + "/sim/state"
+        eventually(f"nothing is left at {model}", lambda: self.client.get(url).json()["in_flight"] == 0)
+
     def logged(self, text: str, level: int = logging.WARNING) -> bool:
         """Whether a line at `level` has `text`."""
         return any(r.levelno == level and text in r.getMessage() for r in list(self._caplog.records))
@@ -471,8 +492,7 @@ class Stage:
         assert len(asleep) <= self._requests_asleep, asleep
 
     def is_at_rest(self) -> bool:
-        statistics = self.statistics()
-        return not any(statistics.in_flight.values()) and not any(statistics.waiting.values())
+        return is_at_rest(self.llm)
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class Fleet:
         """The gateway's configuration."""
         return {
             "models": {model.name: self._model(model) for model in MODELS},
-            "policy": {"min_active_duration": 0, "request_timeout": 10, "drain_timeout": 1.0},
+            "policy": {"name": "fifo", "min_active_duration": 0, "request_timeout": 10, "drain_timeout": 1.0},
             "limits": {
                 "max_body": 65536,
                 "backoff_initial": 0.05,
