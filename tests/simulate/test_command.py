@@ -159,6 +159,19 @@ def test_the_bound_counts_the_drain_that_the_configuration_has(policy: dict[str,
     assert all(run.figures.mean_wait >= comparison.bound.non_anticipating for run in comparison.runs)
 
 
+def test_with_preemption_a_model_may_be_brought_back_before_anybody_new_waits_for_it() -> None:
+    load = Workload("l", [Script([[Arrival(0.0, "qwen", 10.0), Arrival(1.0, "llama", 1.0), Arrival(9.0, "qwen", 1.0)]])])
+    config = load_config({"models": MODELS, "policy": {**POLICY, "drain": "preempt"}})
+    comparison = compare(load, config, active="qwen")
+    # llama is awake at 5 and idle from 6 on; at 6.5 it is left for the frozen request, and qwen is awake at 9.5.
+    assert [request.wait for request in comparison.runs[0].result.requests] == [0.0, 4.0, 0.5]
+    unaware = lower_bound(load, comparison.costs, active="qwen", drain=0.0)
+    assert unaware is not None
+    assert unaware.non_anticipating > 1.5  # the mean of those waits: it does not hold
+    assert comparison.runs[0].ratio is not None
+    assert comparison.runs[0].ratio >= 1
+
+
 def test_a_closed_load_has_no_bound(tmp_path: Path, config: Path) -> None:
     loop = [[Arrival(0.0, "gpt", 1.0)]] * 5
     load = Workload("loops", [Script(loop, pause=0.5), Script([[Arrival(0.0, "llama", 1.0)]] * 5)])
