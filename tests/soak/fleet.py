@@ -53,6 +53,9 @@ MODELS = (
     Model(BY_URL, 0.23, {"sleep_level": 2}),
 )
 _TIMEOUTS = {"connect": 1.0, "probe": 1.0, "sleep": 1.0, "wake": 1.0, "start": 20.0, "stop": 0.5, "read": 1.5}
+_PREEMPTS = {"drain": "preempt", "min_active_duration": 0.02, "max_frozen": 3.0}
+"""A turn is long enough for most answers. Who is frozen for too long gets an error; who waits for a server that has fallen
+silent gets one later by `max_frozen`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Fleet:
     """Where the servers listen, and what was done to them by hand."""
 
     gpu: Path
+    preempts: bool = False
+    """Whether a switch freezes the running requests. Sleep level 3 cannot, so the model that has it sleeps at level 1 then."""
     ports: dict[str, int] = field(default_factory=lambda: {model.name: free_port() for model in MODELS})
     by_hand: list[HandCall] = field(default_factory=list)
     restarts: int = 0
@@ -79,8 +84,13 @@ class Fleet:
         """The gateway's configuration."""
         return {
             "models": {model.name: self._model(model) for model in MODELS},
-            "policy": {"min_active_duration": 0, "request_timeout": 10, "drain_timeout": 1.0},
+            "policy": {
+                "min_active_duration": 0,
+                "request_timeout": 10,
+                **(_PREEMPTS if self.preempts else {"drain_timeout": 1.0}),
+            },
             "limits": {
+                "heartbeat": 0.05,
                 "max_body": 65536,
                 "backoff_initial": 0.05,
                 "backoff_max": 0.4,
@@ -94,7 +104,8 @@ class Fleet:
         if model.name != BY_URL:
             options = json.dumps({"name": model.name, "gpu": str(self.gpu), **_SIM})
             where["command"] = [sys.executable, "-m", "llmux_asgi.sim", options[:-1] + ', "port": {port}}']
-        return {**where, "timeouts": _TIMEOUTS, **model.options}
+        levels = {"sleep_level": 1} if self.preempts and model.options["sleep_level"] == 3 else {}
+        return {**where, "timeouts": _TIMEOUTS, **model.options, **levels}
 
     def url(self, model: str) -> str:
         return f"http://127.0.0.1:{self.ports[model]}"
