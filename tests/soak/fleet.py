@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -58,14 +59,15 @@ _PREEMPTS = {"drain": "preempt", "min_active_duration": 0.02, "max_frozen": 3.0}
 silent gets one later by `max_frozen`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HandCall:
     """A `/sleep` or `/wake_up` that did not come from the gateway. Times are monotonic seconds; it took effect in between."""
 
     path: str
     model: str
     begun: float
-    ended: float
+    ended: float = math.inf
+    """Infinity while it is under way: what it aborts may be over before it is."""
 
 
 @dataclass
@@ -163,7 +165,8 @@ class Fleet:
 
     async def call_by_hand(self, client: httpx.AsyncClient, model: str, path: str) -> bool:
         """Send a control call past the gateway. Returns whether the server took it."""
-        begun = time.monotonic()
+        call = HandCall(path, model, time.monotonic())
+        self.by_hand.append(call)
         try:
             answer = await client.post(self.url(model) + path, timeout=_HAND_SECONDS)
         except httpx.ConnectError:
@@ -174,5 +177,5 @@ class Fleet:
             if not answer.is_success:
                 return False
         finally:
-            self.by_hand.append(HandCall(path, model, begun, time.monotonic()))
+            call.ended = time.monotonic()
         return True
