@@ -10,10 +10,10 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak bench-switch bench-decision test-vllm lint types docs clean
+.PHONY: help demo test soak bench-switch bench-decision bench-preemption bench-scheduling test-vllm lint types docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.demo ## switch between two simulated vLLM servers and show what happened
 	@$(BIN)/python examples/demo.py
@@ -29,6 +29,12 @@ bench-switch: $(VENV)/.test ## what the gateway adds to the sleep and wake calls
 
 bench-decision: $(VENV)/.test ## what a decision costs with 10, 1,000 and 10,000 waiting requests
 	@$(BIN)/python -m tests.benchmarks.decision
+
+bench-preemption: $(VENV)/.test ## how long a long answer holds up another model, with and without preemption, on a real vLLM
+	@$(BIN)/python -m tests.benchmarks.preemption $(ARGS)
+
+bench-scheduling: $(VENV)/.test ## every policy under every load, measured and simulated; writes docs/scheduling.md anew
+	@$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)
 
 test-vllm: $(VENV)/.test ## the tests against a real vLLM on the CPU (builds its environment at the first run)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)

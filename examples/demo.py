@@ -343,7 +343,7 @@ def main() -> int:
             right = ask_directly(sims, (outcome.prompt for outcome in outcomes))
             config = {
                 "models": {sim.name: {"url": sim.url} for sim in sims},
-                "policy": {"min_active_duration": 0.15},
+                "policy": {"quantum": 0.5, "linger": 0.05},  # short turns: there are switches to be seen
             }
             llm = LLMuxApp(config, tracer_provider=provider)
             with host(Starlette(routes=[Mount("/llm", app=llm)], lifespan=llm.lifespan)) as url:

@@ -48,6 +48,7 @@ class _Situation:
     oldest_waits: Mapping[str, float]
     total_waits: Mapping[str, float]
     head_starts: Mapping[str, float]
+    real_waits: Mapping[str, float]
     served_until: Mapping[float, float]
     sleep_costs: Mapping[str, float]
     wake_costs: Mapping[str, float]
@@ -139,6 +140,7 @@ class Decider:
             MappingProxyType({model: now - state.waiting_since(model) for model in waiting}),
             MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
             MappingProxyType({model: state.head_start(model) for model in waiting}),
+            MappingProxyType({model: now - state.queued_since(model) for model in waiting if state.queued(model)}),
             MappingProxyType(state.served_until()),
             *self._costs(),
         )
@@ -159,6 +161,7 @@ class Decider:
             oldest_waits=situation.oldest_waits,
             total_waits=situation.total_waits,
             head_starts=situation.head_starts,
+            real_waits=situation.real_waits,
             served_until=situation.served_until,
             sleep_costs=situation.sleep_costs,
             wake_costs=situation.wake_costs,

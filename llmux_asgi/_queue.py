@@ -83,6 +83,11 @@ class TicketQueue:
         return min(next(iter(line)).counts_since for line in self._lines.values())
 
     @property
+    def first_since(self) -> float:
+        """When the first of them came. There must be one."""
+        return min(next(iter(line)).since for line in self._lines.values())
+
+    @property
     def head_start(self) -> float:
         """The largest head start that waits; 0.0 if nobody does."""
         return max(self._lines, default=0.0)

@@ -1,6 +1,7 @@
 """The request log: one line of JSON for each request that named a known model, written when it is over.
 
-    {"time": 1763900000.25, "model": "qwen", "waited": 1.5, "served": 4.0, "status": 200, "stream": true}
+    {"time": 1763900000.25, "model": "qwen", "waited": 1.5, "served": 4.0, "status": 200, "stream": true,
+     "priority": null, "frozen": 0.0}
 
 Nothing of a prompt or an answer is in it. `llmux-asgi simulate` reads it.
 """
@@ -34,6 +35,10 @@ class RequestEntry(msgspec.Struct, frozen=True):
     """The HTTP status of the answer; 0: the client left before there was one."""
     stream: bool | None = None
     """Whether it asked for a stream; `None`: not known, the model was named by the header."""
+    priority: str | None = None
+    """Its priority class, the model's if it named none; `None`: it has none."""
+    frozen: float = 0.0
+    """For how much of `served` it was frozen, in all the freezes that were over."""
 
 
 class RequestTimes:
@@ -61,12 +66,12 @@ class RequestTimes:
         """The last byte of the answer is out."""
         self._ended = time.monotonic()
 
-    def entry(self, model: str, status: int) -> RequestEntry:
-        """Sum it up, now that it is over."""
+    def entry(self, model: str, status: int, *, priority: str | None = None, frozen: float = 0.0) -> RequestEntry:
+        """Sum it up, now that it is over. `frozen` is for how many seconds its last lease was."""
         end = time.monotonic() if self._ended is None else self._ended
         if self._admitted is None:
-            return RequestEntry(self.time, model, end - self._arrived, None, status, self.stream)
-        return RequestEntry(self.time, model, self._waited, end - self._admitted, status, self.stream)
+            return RequestEntry(self.time, model, end - self._arrived, None, status, self.stream, priority)
+        return RequestEntry(self.time, model, self._waited, end - self._admitted, status, self.stream, priority, frozen)
 
 
 class RequestLog:

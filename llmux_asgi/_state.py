@@ -196,6 +196,10 @@ class SwitcherState:
         frozen = self._frozen_since[model] - max(self._held[model]) if self._frozen[model] else math.inf
         return min(frozen, self._queues[model].counts_since) if self._queues[model] else frozen
 
+    def queued_since(self, model: str) -> float:
+        """When the first came of those that are in the queue of `model`; infinity if it is empty."""
+        return self._queues[model].first_since if self._queues[model] else math.inf
+
     def total_wait(self, model: str, now: float) -> float:
         """The sum of the times in seconds that the requests for `model` have waited, head starts included."""
         queued = self._queues[model].total_wait(now)

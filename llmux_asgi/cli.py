@@ -110,6 +110,9 @@ else:
             float | None, typer.Option(min=0, help="What a sleep takes, of models without costs in the configuration.")
         ] = None,
         wake_seconds: Annotated[float | None, typer.Option(min=0, help="What a wake takes, of models without costs.")] = None,
+        recompute: Annotated[
+            float, typer.Option(min=0, help="Preemption: seconds that a frozen request is held up when it goes on.")
+        ] = 0.0,
         prefill: Annotated[float, typer.Option(min=0, help="CSV: seconds before the first token.")] = 0.2,
         tokens_per_second: Annotated[float, typer.Option(min=0.001, help="CSV: tokens that a request gets a second.")] = 40.0,
         speed: Annotated[float, typer.Option(min=0.000001, help="Factor for the rate of arrivals.")] = 1.0,
@@ -127,6 +130,7 @@ else:
                 active=active,
                 sleep_seconds=sleep_seconds,
                 wake_seconds=wake_seconds,
+                recompute=recompute,
                 as_json=json,
                 plot=plot,
             )

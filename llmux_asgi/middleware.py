@@ -131,7 +131,9 @@ class _Responder:
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
-                self._middleware.request_log.write(self._times.entry(model, self._status))
+                frozen = self._lease.frozen_time if self._lease is not None else 0.0
+                entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen)
+                self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
         try:

@@ -40,7 +40,7 @@ from .exceptions import (
     SwitchError,
     UnknownModelError,
 )
-from .policy import FifoPolicy, SwitchPolicy, build_policy
+from .policy import GatedQuantumPolicy, SwitchPolicy, build_policy
 from .policy._base import DrainingPolicy
 from .telemetry import Telemetry
 
@@ -52,11 +52,12 @@ logger = logging.getLogger(__name__)
 class ModelSwitcher:
     """Keeps at most one of several models awake, and hands out leases on the awake one.
 
-    `backends` are the servers by model name; `aliases` are further names. `sleep_levels` and `request_timeouts` (seconds)
-    override the policy's, by model. `backoff` is the pause after a model's first failed switch and the longest one, in
-    seconds: it doubles with each failure in a row. `memory` reads the GPU, to confirm that a sleeper is
-    out of it within `memory_settle` seconds. `costs` is what a sleep and a wake are estimated to take before they were
-    measured; `estimates` is the path of a JSON file that keeps what was measured, and is read now.
+    `backends` are the servers by model name; `policy` is a `GatedQuantumPolicy()` if it is left out; `aliases` are further
+    names. `sleep_levels` and `request_timeouts` (seconds) override the policy's, by model. `backoff` is the pause after a
+    model's first failed switch and the longest one, in seconds: it doubles with each failure in a row. `memory` reads the
+    GPU, to confirm that a sleeper is out of it within `memory_settle` seconds. `costs` is what a sleep and a wake are
+    estimated to take before they were measured; `estimates` is the path of a JSON file that keeps what was measured, and is
+    read now.
 
     `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
     requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
@@ -87,7 +88,7 @@ class ModelSwitcher:
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
         self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
-        self._policy: SwitchPolicy = policy or FifoPolicy()
+        self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
         self._priorities = Priorities(priorities or {}, default_priorities or {})

@@ -99,7 +99,7 @@ JSON = '{"models": {"qwen": {"url": "http://127.0.0.1:8001", "aliases": ["gpt-4o
 def test_the_defaults_are_the_documented_ones() -> None:
     config = load_config(MINIMAL)
     assert config.policy == PolicyConfig(
-        name="fifo", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain="wait", drain_timeout=None
+        name="gated_quantum", sleep_level=1, request_timeout=60.0, min_active_duration=None, drain="wait", drain_timeout=None
     )
     assert config.limits == LimitsConfig(max_body=33554432, backoff_initial=1.0, backoff_max=30.0, max_waiting=1000)
     assert config.priorities == {}

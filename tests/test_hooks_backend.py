@@ -290,7 +290,7 @@ def test_hooks_run_in_a_gateway_whose_event_loop_is_not_in_the_main_thread(tmp_p
     }
     with serve(ScriptedServer(echo)) as a, serve(ScriptedServer(echo)) as b:
         models = {"a": {"url": a, "hooks": hooks}, "b": {"url": b, "hooks": hooks}}
-        app = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+        app = LLMuxApp({"models": models, "policy": {"name": "fifo", "min_active_duration": 0}})
         with serve(app, anyio_backend) as url, httpx.Client(base_url=url, timeout=20) as client:
             for model in ("a", "b", "a"):
                 answer = client.post("/v1/chat/completions", json={"model": model, "messages": []})

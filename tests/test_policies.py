@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,6 +116,27 @@ def test_an_idle_model_is_left_after_a_short_while(policy: type[SwitchPolicy], i
 
 
 @pytest.mark.parametrize("policy", TURNS)
+def test_a_turn_ends_in_time_for_who_would_give_up(policy: Callable[..., SwitchPolicy]) -> None:
+    def dear(waited: float) -> PolicyContext:
+        return context(waits={"b": [waited]}, sleep_costs={"a": 4.0}, wake_costs={"b": 16.0})
+
+    assert policy(request_timeout=None).on_pending_request(dear(10.0)) == Stay(until=180.0)
+    assert policy(request_timeout=60.0).on_pending_request(dear(10.0)) == Stay(until=110.0 + 60.0 - 10.0 - 1.5 * 20.0)
+    assert policy(request_timeout=60.0).on_pending_request(dear(30.0)) == SwitchNow()
+    assert policy(request_timeout=600.0).on_pending_request(dear(30.0)) == Stay(until=180.0)
+
+
+@pytest.mark.parametrize("policy", TURNS)
+def test_a_time_limit_goes_by_the_real_wait_and_frozen_requests_have_none(policy: Callable[..., SwitchPolicy]) -> None:
+    dear: dict[str, Any] = {"sleep_costs": {"a": 4.0}, "wake_costs": {"b": 16.0}, "waits": {"b": [40.0]}}
+    dear |= {"head_starts": {"b": 30.0}, "served_until": {30.0: math.inf}}  # the active model serves the same class
+    chosen = policy(request_timeout=60.0)
+    assert chosen.on_pending_request(context(**dear)) == SwitchNow()
+    assert chosen.on_pending_request(context(**dear, real_waits={"b": 10.0})) == Stay(until=110.0 + 60.0 - 10.0 - 1.5 * 20.0)
+    assert chosen.on_pending_request(context(**dear, real_waits={})) == Stay(until=180.0)
+
+
+@pytest.mark.parametrize("policy", TURNS)
 def test_lingering_does_not_make_a_turn_longer(policy: type[SwitchPolicy]) -> None:
     idle = context(active_in_flight=0, idle_for=0.0, now=119.75)
     assert policy().on_pending_request(idle) == Stay(until=120.0)
@@ -194,7 +216,8 @@ COMMON = {
 @pytest.mark.parametrize(
     ("policy", "kind", "settings"),
     [
-        ({}, FifoPolicy, {"min_active_duration": 5.0}),
+        ({}, GatedQuantumPolicy, {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5}),
+        ({"name": "fifo"}, FifoPolicy, {"min_active_duration": 5.0}),
         ({"name": "fifo", "min_active_duration": 0}, FifoPolicy, {"min_active_duration": 0.0}),
         ({"name": "gated_quantum"}, GatedQuantumPolicy, {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5}),
         (
@@ -205,7 +228,7 @@ COMMON = {
         (
             {"name": "pressure", "max_wait": 10},
             PressurePolicy,
-            {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5, "max_wait": 10.0},
+            {"min_active_duration": 0.0, "quantum": 4.0, "linger": 0.5, "max_wait": 10.0, "base": 1.0},
         ),
         ({"name": "throughput"}, ThroughputPolicy, {"min_active_duration": 0.0, "linger": 0.5, "max_wait": 30.0}),
     ],
@@ -227,14 +250,17 @@ def test_each_policy_takes_the_settings_that_all_have() -> None:
 @pytest.mark.parametrize(("drain", "mode"), [(True, "wait"), (False, "abort"), ("preempt", "preempt")])
 def test_what_becomes_of_running_requests_has_a_name(drain: object, mode: str) -> None:
     policy = configured(drain=drain)
-    assert isinstance(policy, FifoPolicy)
+    assert isinstance(policy, GatedQuantumPolicy)
     assert policy.drain == mode
 
 
 @pytest.mark.parametrize(
     ("policy", "words"),
     [
-        ({"quantum": 4}, r"\$\.policy\.quantum: has no effect with the policy fifo: it belongs to gated_quantum, pressure"),
+        (
+            {"name": "fifo", "quantum": 4},
+            r"\$\.policy\.quantum: has no effect with the policy fifo: it belongs to gated_quantum, pressure",
+        ),
         (
             {"name": "gated_quantum", "max_wait": 4},
             r"\$\.policy\.max_wait: has no effect with the policy gated_quantum: it belongs to pressure, throughput",

@@ -12,9 +12,9 @@ import anyio.lowlevel
 import msgspec
 import pytest
 
-from llmux_asgi import LLMuxApp, LLMuxMiddleware
+from llmux_asgi import FifoPolicy, LLMuxApp, LLMuxMiddleware
 from llmux_asgi._request_log import RequestEntry, RequestLog
-from tests.support.pool import Pool, until_waiting
+from tests.support.pool import Pool, until_frozen, until_waiting
 from tests.test_middleware import Connection, Inner, call
 
 pytestmark = pytest.mark.anyio
@@ -48,6 +48,28 @@ async def test_a_line_tells_when_it_came_how_long_it_waited_and_was_served(pool:
     assert 0 < first.served < 5
     assert (second.model, second.stream) == ("b", False)
     assert second.waited > 0
+
+
+async def test_a_line_tells_its_priority_class_and_for_how_long_it_was_frozen(tmp_path: Path) -> None:
+    policy = FifoPolicy(min_active_duration=0, drain="preempt")
+    pool = Pool(policy, awake="a", priorities={"high": 5.0, "low": 0.0}, default_priorities={"b": "low"})
+    inner = Inner(pool)
+    app = LLMuxMiddleware(inner, pool.switcher, request_log=tmp_path / "log")
+    inner.go_on = anyio.Event()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call, app, Connection(b'{"model": "a"}', headers={"x-llmux-priority": "high"}))
+            await inner.answering.wait()
+            async with pool.switcher.lease("b"):
+                assert pool.switcher.statistics().frozen["a"] == 1
+            await until_frozen(pool, "a", 0)
+            inner.go_on.set()
+    await call(app, Connection(b'{"model": "b"}'))
+    frozen, other = entries(tmp_path / "log")
+    assert (frozen.priority, other.priority) == ("high", "low")
+    assert frozen.served is not None
+    assert 0 < frozen.frozen < frozen.served
+    assert other.frozen == 0.0
 
 
 async def test_what_the_app_does_after_the_last_byte_is_not_time_served(pool: Pool, tmp_path: Path) -> None:

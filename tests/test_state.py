@@ -350,7 +350,7 @@ def test_frozen_requests_wait_since_the_freeze_and_are_no_part_of_the_queue() ->
     state = frozen(0.0, 0.0, queue=(0.0,))
     assert (state.in_flight("a"), state.frozen("a"), state.queued("a"), state.depth("a")) == (0, 2, 1, 3)
     assert state.waiting_models() == ["a"]
-    assert state.waiting_since("a") == 10.0
+    assert (state.waiting_since("a"), state.queued_since("a"), state.queued_since("b")) == (10.0, 20.0, math.inf)
     assert state.total_wait("a", 30.0) == 20.0 + 20.0 + 10.0
     assert (state.snapshot().frozen["a"], state.snapshot().waiting["a"]) == (2, 1)
 

@@ -22,7 +22,9 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config", "_estimates"],
+    ["exceptions", "config._models", "_estimates"],
+    ["config._load"],
+    ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
@@ -30,6 +32,7 @@ LAYERS = [
     ["policy", "_queue", "_state", "_openai", "_admission", "_forecast", "_backoff", "telemetry"],
     [
         "_body",
+        "_upstream",
         "_spawn",
         "_estimates_file",
         "_request_log",
@@ -57,7 +60,8 @@ LAYERS = [
     ["sim", "simulate", "cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-PURE = ["exceptions", "config", *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_openai", "_backoff"]
+CONFIG = ["config/__init__", "config/_models", "config/_load"]
+PURE = ["exceptions", *CONFIG, *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_openai", "_backoff"]
 
 
 def module_of(path: Path) -> str:

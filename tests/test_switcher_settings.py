@@ -11,6 +11,7 @@ import pytest
 from llmux_asgi import (
     BackendError,
     FifoPolicy,
+    GatedQuantumPolicy,
     Mode,
     ModelSwitcher,
     QueueTimeoutError,
@@ -70,7 +71,7 @@ def test_the_configuration_arrives_where_it_belongs() -> None:
                 "a": {"url": "http://x:1", "sleep_level": 2, "aliases": ["gpt"], "timeouts": {"request": 7, "wake": 9}},
                 "b": {"url": "http://x:2"},
             },
-            "policy": {"sleep_level": 2, "request_timeout": 8, "min_active_duration": 3, "drain_timeout": 4},
+            "policy": {"name": "fifo", "sleep_level": 2, "request_timeout": 8, "min_active_duration": 3, "drain_timeout": 4},
             "limits": {"backoff_initial": 0.25, "backoff_max": 0.5},
         }
     )
@@ -101,6 +102,7 @@ def test_the_configuration_arrives_where_it_belongs() -> None:
 async def test_a_switcher_can_be_made_outside_an_event_loop_and_knows_its_models() -> None:
     switcher = ModelSwitcher({})
     assert switcher.models == ()
+    assert isinstance(switcher._policy, GatedQuantumPolicy)
     assert switcher.statistics().mode is Mode.UNKNOWN
 
 

@@ -53,21 +53,34 @@ def has_waited_longest(context: PolicyContext) -> bool:
     return context.oldest_waiting >= max(context.oldest_waits.values(), default=context.oldest_waiting)
 
 
-def turn_ends_at(context: PolicyContext, quantum: float, linger: float) -> float:
+_RESERVE = 1.5
+"""What is kept of a request's time limit for the switch to its model and the drain before it, in costs of the switch."""
+
+
+def turn_ends_at(context: PolicyContext, quantum: float, linger: float, request_timeout: float | None) -> float:
     """When the active model's turn is over for the target's sake, on the clock of `context.now`, as things stand.
 
     That is when it has been active for `quantum` times the estimated cost of the switch, or idle for `linger` seconds. If
-    somebody with a larger head start waits for the target than the active model serves, it is sooner, by the difference.
+    somebody with a larger head start waits for the target than the active model serves, it is sooner, by the difference. And
+    in any case it is in time for the target's first request, if that gives up after `request_timeout` seconds.
     """
     if context.active_model is None:
         return context.now
-    length = quantum * context.switch_cost(context.active_model, context.target_model)
+    cost = context.switch_cost(context.active_model, context.target_model)
     head_start = context.head_starts.get(context.target_model, 0.0)
 
     def spent(served: float) -> float:
-        return context.active_since + max(0.0, length - max(0.0, head_start - served))
+        return context.active_since + max(0.0, quantum * cost - max(0.0, head_start - served))
 
-    return min(reached_at(context, linger, spent), idle_ends_at(context, linger))
+    end = min(reached_at(context, linger, spent), idle_ends_at(context, linger))
+    if request_timeout is None or (waited := real_wait(context)) is None:
+        return end
+    return min(end, context.now + request_timeout - _RESERVE * cost - waited)
+
+
+def real_wait(context: PolicyContext) -> float | None:
+    """For how long the target's first request has waited, head start aside; `None` if all that wait for it are frozen."""
+    return context.oldest_waiting if context.real_waits is None else context.real_waits.get(context.target_model)
 
 
 def reached_at(context: PolicyContext, linger: float, time: Callable[[float], float]) -> float:

@@ -57,6 +57,9 @@ class PolicyContext:
     """The sum of their waits, in seconds, by model, in the same order."""
     head_starts: Mapping[str, float] = field(default_factory=dict, compare=False)
     """The largest of their head starts, in seconds, by model, in the same order."""
+    real_waits: Mapping[str, float] | None = field(default=None, compare=False)
+    """For how many seconds the first request of each queue has waited, head start aside: what its time limit goes by. Models
+    with frozen requests only are left out, for those have none. `None`: not told."""
     served_until: Mapping[float, float] = field(default_factory=dict, compare=False)
     """The head starts of the requests that the active model has served since it became active, each with the time until which
     it did; infinity if it is serving such a request now."""

@@ -15,11 +15,15 @@ class GatedQuantumPolicy(DrainingPolicy):
     Rule: leave the active model i for j, the model whose oldest request has waited longest, as soon as
 
     - i has served nobody for `linger` seconds, or
-    - i has been active for κ·Ĉ(i→j) seconds, with κ = `quantum` and Ĉ(i→j) = sleep_i + wake_j as estimated.
+    - i has been active for κ·Ĉ(i→j) seconds, with κ = `quantum` and Ĉ(i→j) = sleep_i + wake_j as estimated, or
+    - that request has 1.5·Ĉ(i→j) seconds left until `request_timeout`, for a drain and the switch.
 
     All who waited for i when it was woken were admitted at that moment, so each turn serves at least those. From the decision
     on, new requests for i wait for its next turn (the gate), so that the drain ends. While no cost is known at all Ĉ is 0: the
     first switch is made at once, and measures it.
+
+    The last line is for switches so dear that a turn takes longer than a request may wait: without it, one of 20 s and
+    `request_timeout` = 60 s would let each request for j give up while i is busy. It never makes a turn longer.
 
     Under full load a share of κ/(κ + 1) of the time goes to serving, drains aside: 80 % with κ = 4.
 
@@ -69,7 +73,7 @@ class GatedQuantumPolicy(DrainingPolicy):
         """`SwitchNow` once the turn is over, for the model that has waited longest; else `Stay` until then."""
         if not has_waited_longest(context):
             return Stay()
-        return decide_at(turn_ends_at(context, self.quantum, self.linger), context.now)
+        return decide_at(turn_ends_at(context, self.quantum, self.linger, self.request_timeout), context.now)
 
     def expected_turn(self, switch_cost: float) -> float:
         """Return κ·`switch_cost`, at least `min_active_duration`."""

@@ -14,7 +14,8 @@ class PressurePolicy(DrainingPolicy):
 
     Rule: next is the model j with the largest pressure W_j / (Ĉ(i→j) + 1 s), W_j being the sum of the times that its requests
     have waited. A model whose oldest request has waited for `max_wait` seconds comes before that; the longest wait first. The
-    active model i is left for j as soon as it has served nobody for `linger` seconds, or has been active for κ·Ĉ(i→j) seconds.
+    active model i is left for j as soon as it has served nobody for `linger` seconds, has been active for κ·Ĉ(i→j) seconds, or
+    the oldest request for j has 1.5·Ĉ(i→j) seconds left until `request_timeout`.
 
     Its mean wait is the best where queues differ much in length; a lone request waits longer than under the gated quantum. With
     two models there is no choice to make, and the two policies are the same.
@@ -44,6 +45,7 @@ class PressurePolicy(DrainingPolicy):
         quantum: float = 4.0,
         linger: float = 0.5,
         max_wait: float = 30.0,
+        base: float = 1.0,
         sleep_level: int = 1,
         request_timeout: float | None = 60.0,
         min_active_duration: float = 0.0,
@@ -52,7 +54,11 @@ class PressurePolicy(DrainingPolicy):
         max_freezes: int = 16,
         max_frozen: float = 300.0,
     ) -> None:
-        """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section."""
+        """Take κ (a factor), `linger` and `max_wait` in seconds, and the settings of the `policy` section.
+
+        `base` is the 1 s of the rule: what each switch is taken to cost beside its estimate. It belongs to the rule and not to
+        the configuration; where all times are scaled, as in a benchmark, it is scaled too.
+        """
         super().__init__(
             sleep_level=sleep_level,
             request_timeout=request_timeout,
@@ -65,10 +71,11 @@ class PressurePolicy(DrainingPolicy):
         self.quantum = quantum
         self.linger = linger
         self.max_wait = max_wait
+        self.base = base
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
         """`SwitchNow` once the turn is over, for the model with the largest pressure; else `Stay`."""
-        end = turn_ends_at(context, self.quantum, self.linger)
+        end = turn_ends_at(context, self.quantum, self.linger, self.request_timeout)
         if self._next(context) == context.target_model:
             return decide_at(end, context.now)
         # By then it may have the largest pressure.
@@ -85,6 +92,6 @@ class PressurePolicy(DrainingPolicy):
             return oldest
         return max(
             context.total_waits,
-            key=lambda model: context.total_waits[model] / (context.switch_cost(context.active_model, model) + 1.0),
+            key=lambda model: context.total_waits[model] / (context.switch_cost(context.active_model, model) + self.base),
             default=context.target_model,
         )

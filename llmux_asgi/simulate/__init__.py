@@ -5,13 +5,14 @@ from __future__ import annotations
 from .bound import Bound, lower_bound
 from .engine import simulate
 from .errors import SimulationError
-from .result import Figures, Outcome, RequestRecord, Result, SwitchRecord
+from .result import ClassFigures, Figures, Outcome, RequestRecord, Result, SwitchRecord
 from .traces import TraceOptions, read_workload
 from .workload import Arrival, Script, Workload
 
 __all__ = [
     "Arrival",
     "Bound",
+    "ClassFigures",
     "Figures",
     "Outcome",
     "RequestRecord",

@@ -54,7 +54,8 @@ class Queue:
         """For each slot of a return: before which slot the model is not left again, as those who waited are served.
 
         `absence` is the shortest time that the model can have been away. Whoever came in its last `absence` slots has waited.
-        Made so that it never falls from one slot to the next; it is lower for that, not higher.
+        Made so that it never falls from one slot to the next. It is lower for that, not higher, so a bound stays one; and good
+        prices are found sooner.
         """
         end = len(self._holds)
         window: deque[int] = deque()  # slots whose holds fall from one to the next

@@ -16,8 +16,7 @@ after i was woken in slot s, j having been left C_ji before, and e the slot in w
     V_i(s) = min over e ≥ l_i(s) + C_ij of  away_j(s - C_ji, e) + V_j(e)
 
 l_i(s) is when i may be left at the earliest. away_j is linear in the number of requests before it was left, for each e. So the
-minimum is that of lines at a point, and all of it takes O(T) steps and not O(T²). For that l_i must not fall; where it would,
-it is lowered.
+minimum is that of lines at a point, and all of it takes O(T) steps and not O(T²).
 
 More models: see `relaxation.py`. Where traffic is sparse another bound is better: what each pair of models alone would cost,
 summed up and divided by N - 1, because each model is in N - 1 pairs. The better one is taken.

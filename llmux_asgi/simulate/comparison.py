@@ -31,7 +31,7 @@ class PolicyRun:
     """The settings that are the policy's own, as they were."""
     figures: Figures
     ratio: float | None
-    """Mean wait over the bound's; `None` if there is no bound, it is 0, or requests were lost: those stop waiting."""
+    """Mean wait over the bound's; `None` if there is no bound, it is 0, or requests were lost or refused."""
     result: Result
 
     @property
@@ -76,12 +76,14 @@ def compare(
     active: str | None = None,
     sleep_seconds: float | None = None,
     wake_seconds: float | None = None,
+    recompute: float = 0.0,
 ) -> Comparison:
     """Simulate the configured policy, and all four with their defaults.
 
-    What belongs to every policy (sleep level, time limits, drain) is the configuration's for all of them. What a sleep and a
-    wake take is, by model: what the file of `policy.estimates` says, else `models.NAME.costs`, else `sleep_seconds` and
-    `wake_seconds`, which the gateway then is taken not to know beforehand. Raises `SimulationError`.
+    What belongs to every policy (sleep level, time limits, drain and preemption, priorities, queue limits) is the
+    configuration's for all of them. `recompute` is as for `simulate`, in seconds. What a sleep and a wake take is, by model:
+    what the file of `policy.estimates` says, else `models.NAME.costs`, else `sleep_seconds` and `wake_seconds`, which the
+    gateway then is taken not to know beforehand. Raises `SimulationError`.
     """
     if active is not None:
         active = config.aliases.get(active, active)
@@ -99,22 +101,49 @@ def compare(
                 "or --sleep-seconds and --wake-seconds"
             )
     timeouts = {name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None}
-    bound = lower_bound(workload, costs, active=active, drain=config.policy.drain_timeout if config.policy.drain else 0.0)
+    bound = _bound(workload, costs, active, config.policy)
+    classes = {name: model.priority for name, model in config.models.items() if model.priority is not None}
+    limits = {name: model.max_waiting for name, model in config.models.items() if model.max_waiting is not None}
 
     def run(settings: PolicyConfig, configured: bool) -> PolicyRun:
         policy = build_policy(settings)
-        result = simulate(workload, policy, costs, active=active, seeds=seeds, sleep_levels=levels, request_timeouts=timeouts)
+        result = simulate(
+            workload,
+            policy,
+            costs,
+            active=active,
+            seeds=seeds,
+            sleep_levels=levels,
+            request_timeouts=timeouts,
+            priorities=config.priorities,
+            default_priorities=classes,
+            max_waiting=config.limits.max_waiting,
+            queue_limits=limits,
+            recompute=recompute,
+        )
         figures = result.figures()
         stay = ("min_active_duration",) if settings.min_active_duration is not None else ()
         own = {name: float(getattr(policy, name)) for name in (*POLICY_PARAMETERS[settings.name], *stay)}
-        sound = bound is not None and bound.non_anticipating > 0 and not figures.lost
+        sound = bound is not None and bound.non_anticipating > 0 and not figures.lost and not figures.refused
         ratio = figures.mean_wait / bound.non_anticipating if bound is not None and sound else None
         return PolicyRun(settings.name, configured, own, figures, ratio, result)
 
-    common = ("sleep_level", "request_timeout", "drain", "drain_timeout")
+    common = ("sleep_level", "request_timeout", "drain", "drain_timeout", "max_freezes", "max_frozen")
     defaults = [PolicyConfig(name=name, **{key: getattr(config.policy, key) for key in common}) for name in POLICY_PARAMETERS]
     runs = (run(config.policy, configured=True), *(run(settings, configured=False) for settings in defaults))
     return Comparison(workload.name, costs, bound, runs)
+
+
+def _bound(workload: Workload, costs: Mapping[str, ModelCosts], active: str | None, settings: PolicyConfig) -> Bound | None:
+    """The bound for what becomes of running requests by `settings`.
+
+    Preemption waits for them as far as its deadline goes and no further. And a model that has frozen requests is brought back
+    for them, before anybody new waits for it: only the bound on those who may do so holds.
+    """
+    preempts = settings.drain == "preempt"
+    waits = settings.drain in ("wait", True) or (preempts and settings.drain_timeout is not None)
+    bound = lower_bound(workload, costs, active=active, drain=settings.drain_timeout if waits else 0.0)
+    return Bound(bound.clairvoyant, bound.clairvoyant) if bound is not None and preempts else bound
 
 
 def _known_costs(config: Config, levels: Mapping[str, int]) -> dict[str, ModelCosts]:

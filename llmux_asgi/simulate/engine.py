@@ -1,8 +1,8 @@
 """The gateway in virtual time: its own state machine, its own way to ask the policy, and the policy itself.
 
 Only what the gateway awaits is replaced, by events in a queue that is sorted by time: a request arrives or is over, gives
-up, a cooldown or a drain's deadline is over, a sleep or a wake is done. Nothing is slept through, no event loop runs, and the
-same load gives the same result.
+up, a cooldown or a drain's deadline is over, a sleep or a wake is done, a request was frozen for too long. Nothing is slept
+through, no event loop runs, and the same load gives the same result.
 
 What is left out: an awake model serves any number of requests at once, each in its own service time (vLLM batches); steps
 never fail; the gateway itself takes no time.
@@ -10,25 +10,26 @@ never fail; the gateway itself takes no time.
 
 from __future__ import annotations
 
-import heapq
-import inspect
 import math
 import types
-from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from functools import partial
 
+from .._admission import Priorities, QueueLimits
 from .._decision import Decider
 from .._estimates import Estimates, ModelCosts
 from .._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
-from ..policy import Defer, PolicyContext, PolicyDecision, SwitchContext, SwitchPolicy
+from ..exceptions import QueueFullError
+from ..policy import SwitchContext, SwitchPolicy
+from ._agenda import GIVE_UP, STEP, Agenda
+from ._clients import Clients, Request
+from ._pure import Drained, PurePolicy, Released
+from ._serving import Serving
 from .errors import SimulationError
 from .result import Outcome, RequestRecord, Result, SwitchRecord
-from .workload import Arrival, Script, Workload
+from .workload import Workload
 
 __all__ = ["simulate"]
-
-# What happens at one and the same time happens in this order.
-_FINISH, _STEP, _ARRIVAL, _GIVE_UP = range(4)
 
 
 def simulate(
@@ -40,6 +41,11 @@ def simulate(
     seeds: Mapping[str, ModelCosts] | None = None,
     sleep_levels: Mapping[str, int] | None = None,
     request_timeouts: Mapping[str, float] | None = None,
+    priorities: Mapping[str, float] | None = None,
+    default_priorities: Mapping[str, str] | None = None,
+    max_waiting: int | None = None,
+    queue_limits: Mapping[str, int] | None = None,
+    recompute: float = 0.0,
 ) -> Result:
     """Play `workload` against `policy` and return what became of each request.
 
@@ -47,67 +53,33 @@ def simulate(
     (`None`: none is). `seeds` are the estimates that the gateway begins with, as `models.NAME.costs` of its configuration;
     `None`: it learns them from the first switches. `sleep_levels` and `request_timeouts` override the policy's, by model.
 
-    Raises `SimulationError` if a model has no costs, or the policy is not pure: if it answers `Defer`, or waits in
-    `prepare_switch` for anything but `context.wait_for_in_flight`.
+    `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
+    requests that name none, by model. `max_waiting` is how many requests may wait for all models together, `queue_limits` how
+    many by model; `None`: no limit. `recompute` is for how many seconds a frozen request is held up when it goes on: vLLM
+    computes its KV cache anew.
+
+    Raises `SimulationError` if a model has no costs or a priority class does not exist, or the policy is not pure: if it
+    answers `Defer`, or waits in `prepare_switch` for anything but what the context offers.
     """
     for model in (*workload.models, *([active] if active is not None else [])):
         known = costs.get(model)
         if known is None or known.sleep is None or known.wake is None:
             raise SimulationError(f"what sleep and wake of the model {model!r} take is not known")
-    return _Engine(workload, policy, costs, active, seeds or {}, sleep_levels or {}, request_timeouts or {}).run()
-
-
-class _Request(Ticket):
-    """One request, and its place in the queue."""
-
-    __slots__ = ("client", "finish", "outcome", "service", "wait")
-
-    def __init__(self, arrival: Arrival, now: float, client: _Client) -> None:
-        super().__init__(arrival.model, now)
-        self.service = arrival.service
-        self.client = client
-        self.wait = self.finish = math.nan
-        self.outcome: Outcome | None = None
-
-
-class _Client:
-    """A script that is being played."""
-
-    __slots__ = ("begun", "coming", "next", "open", "pause", "rounds")
-
-    def __init__(self, script: Script) -> None:
-        self.rounds = iter(script.rounds)
-        self.pause = script.pause
-        self.begun = 0.0
-        self.coming: Iterator[Arrival] = iter(())
-        self.next: Arrival | None = None
-        self.open = 0
-        """How many requests of the round are not over yet, those that have not arrived included."""
-
-
-class _Drain:
-    """What `SwitchContext.wait_for_in_flight` asks of the engine: to be resumed when the model is drained, or then."""
-
-    __slots__ = ("timeout",)
-
-    def __init__(self, timeout: float | None) -> None:
-        self.timeout = timeout
-
-
-class _PurePolicy(SwitchPolicy):
-    """The policy, unless it asks for something that takes an event loop."""
-
-    def __init__(self, policy: SwitchPolicy) -> None:
-        self._policy = policy
-
-    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
-        decision = self._policy.on_pending_request(context)
-        if isinstance(decision, Defer):
-            if inspect.iscoroutine(decision.awaitable):
-                decision.awaitable.close()
-            name = type(self._policy).__name__
-            raise SimulationError(f"{name} answers Defer, which cannot be simulated: let it answer Stay(until)")
-        return decision
+    for priority in workload.priorities:
+        if priority not in (priorities or {}):
+            raise SimulationError(f"the priority {priority!r} is not configured")
+    return _Engine(
+        workload,
+        policy,
+        costs,
+        active,
+        seeds or {},
+        sleep_levels or {},
+        request_timeouts or {},
+        Priorities(priorities or {}, default_priorities or {}),
+        QueueLimits(max_waiting, queue_limits or {}),
+        recompute,
+    ).run()
 
 
 class _Engine:
@@ -122,6 +94,9 @@ class _Engine:
         seeds: Mapping[str, ModelCosts],
         sleep_levels: Mapping[str, int],
         request_timeouts: Mapping[str, float],
+        priorities: Priorities,
+        limits: QueueLimits,
+        recompute: float,
     ) -> None:
         models = tuple(dict.fromkeys((*costs, *workload.models)))
         self._policy = policy
@@ -129,52 +104,50 @@ class _Engine:
         self._wakes = {model: each.wake or 0.0 for model, each in costs.items()}
         self._levels = {model: sleep_levels.get(model, policy.sleep_level) for model in models}
         self._timeouts = {model: request_timeouts.get(model, policy.request_timeout) for model in models}
-        self._now = 0.0
+        self._limits = limits
+        self._agenda = Agenda()
         self._state = SwitcherState(models)
         self._estimates = Estimates(models)
         for model, each in seeds.items():
             self._estimates.seed(model, self._levels.get(model, policy.sleep_level), each)
         self._costs: tuple[Mapping[str, float], Mapping[str, float]] | None = None
         self._decider = Decider(
-            _PurePolicy(policy), self._state, lambda: self._now, self._blame, lambda: None, self._estimated_costs
+            PurePolicy(policy), self._state, lambda: self._agenda.now, self._blame, lambda: None, self._estimated_costs
         )
+        self._clients = Clients(self._agenda, priorities, self._arrive)
+        self._serving = Serving(self._agenda, models, recompute, partial(self._release, outcome=Outcome.ANSWERED), self._expire)
 
-        self._events: list[tuple[float, int, int, Callable[[Any], None], Any]] = []
-        self._pushed = 0
         self._changed = False
         self._ask_at = math.inf
         """When the policy is asked again although nothing has changed."""
         self._preparation: Generator[object, object, object] | None = None
-        """The policy's `prepare_switch`, waiting for the drain."""
+        """The policy's `prepare_switch`, waiting for requests to be over."""
+        self._awaited: Drained | Released | None = None
+        """What it waits for."""
         self._stage = 0
         """Counts the stages of the switches, so that the end of one that was left is told from that of the present one."""
+        self._freeze_limit: float | None = None
+        """For how long the requests of the outgoing model may be frozen in the present switch; `None`: they are not."""
 
-        self._requests: list[_Request] = []
-        self._running: dict[str, dict[_Request, None]] = {model: {} for model in models}
         self._switches: list[SwitchRecord] = []
         self._origin: str | None = None
         self._begun = 0.0
         self._committed: float | None = None
-        self._served = self._serving = 0.0
-        self._in_flight = 0
 
         self._active_at_start = active
         self._state.inquire()
         self._state.adopt(active)
         for script in workload.scripts:
-            self._at(script.start, _ARRIVAL, self._begin_round, _Client(script))
+            self._clients.play(script)
 
     def run(self) -> Result:
         """Let all of it happen."""
-        events, pop = self._events, heapq.heappop
-        while events or self._ask_at < math.inf:
-            if events and events[0][0] <= self._ask_at:
-                now = self._now = events[0][0]
-                while events and events[0][0] == now:
-                    event = pop(events)
-                    event[3](event[4])
+        agenda = self._agenda
+        while min(agenda.next_time, self._ask_at) < math.inf:
+            if agenda.next_time <= self._ask_at:
+                agenda.advance()
             else:
-                self._now = self._ask_at
+                agenda.now = self._ask_at
                 self._changed = True
             if self._changed:
                 self._decide()
@@ -183,88 +156,74 @@ class _Engine:
                 f"{type(self._policy).__name__} lets requests for {waiting} wait for ever: it answers Stay() and nothing "
                 "changes any more"
             )
-        records = (RequestRecord(r.model, r.since, r.wait, r.finish, r.outcome or Outcome.ANSWERED) for r in self._requests)
-        return Result(type(self._policy).__name__, tuple(records), tuple(self._switches), self._active_at_start, self._served)
+        records = (
+            RequestRecord(r.model, r.since, r.wait, r.finish, r.outcome, r.priority, r.freezes, r.frozen)
+            for r in self._clients.requests
+            if r.outcome is not None  # all have one by now
+        )
+        name = type(self._policy).__name__
+        return Result(name, tuple(records), tuple(self._switches), self._active_at_start, self._serving.seconds)
 
-    def _at(self, time: float, rank: int, what: Callable[[Any], None], whom: object) -> None:
-        self._pushed += 1
-        heapq.heappush(self._events, (time, rank, self._pushed, what, whom))
+    # Requests
 
-    # Clients
-
-    def _begin_round(self, client: _Client) -> None:
-        arrivals = next(client.rounds, None)
-        if arrivals is None:
+    def _arrive(self, request: Request) -> None:
+        model = request.model
+        if self._state.try_admit(model, request.head_start):
+            self._serving.start(request)
             return
-        client.begun, client.open = self._now, len(arrivals)
-        client.coming = iter(sorted(arrivals, key=lambda arrival: arrival.offset))
-        if arrivals:
-            self._await_next(client)
-        else:
-            self._at(self._now + client.pause, _ARRIVAL, self._begin_round, client)
-
-    def _await_next(self, client: _Client) -> None:
-        client.next = next(client.coming, None)
-        if client.next is not None:
-            self._at(client.begun + client.next.offset, _ARRIVAL, self._arrive, client)
-
-    def _arrive(self, client: _Client) -> None:
-        assert client.next is not None  # noqa: S101 - for the type checker
-        request = _Request(client.next, self._now, client)
-        self._requests.append(request)
-        self._await_next(client)
-        if self._state.try_admit(request.model):
-            self._serve(request)
+        try:
+            self._limits.check(self._state, model, lambda: 0.0)
+        except QueueFullError:
+            request.wait = 0.0
+            self._close(request, Outcome.REFUSED)
             return
         self._state.enqueue(request)
         self._changed = True
-        timeout = self._timeouts[request.model]
+        timeout = self._timeouts[model]
         if timeout is not None:
-            self._at(self._now + timeout, _GIVE_UP, self._give_up, request)
+            self._agenda.at(self._agenda.now + timeout, GIVE_UP, self._give_up, request)
 
-    def _serve(self, request: _Request) -> None:
-        now = self._now
-        request.wait = now - request.since
-        self._running[request.model][request] = None
-        if not self._in_flight:
-            self._serving = now
-        self._in_flight += 1
-        self._at(now + request.service, _FINISH, self._finish, request)
-
-    def _finish(self, request: _Request) -> None:
-        if request.outcome is None:  # else it was cut
-            self._release(request, Outcome.ANSWERED)
-
-    def _release(self, request: _Request, outcome: Outcome) -> None:
-        now, model = self._now, request.model
-        del self._running[model][request]
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._served += now - self._serving
-        last = self._state.release(model, now)
+    def _release(self, request: Request, outcome: Outcome) -> None:
+        """A request that runs is over."""
+        model = request.model
+        self._serving.end(request)
+        last = self._state.release(model, self._agenda.now, request.head_start)
         self._changed = True
         self._close(request, outcome)
-        if last and self._preparation is not None and model == self._state.active:
+        if model != self._state.active:
+            return
+        if last and isinstance(self._awaited, Drained):
             self._resume(True)
+        elif isinstance(self._awaited, Released):
+            # Once all that end at this time have ended.
+            self._agenda.at(self._agenda.now, STEP, self._go_on, self._stage)
 
-    def _give_up(self, request: _Request) -> None:
+    def _expire(self, request: Request) -> None:
+        """It was frozen for as long as a request may be."""
+        self._serving.end(request)
+        self._state.release_frozen(request.model, self._agenda.now, request.head_start)
+        self._close(request, Outcome.EXPIRED)
+        self._waits_no_more(request.model)
+
+    def _give_up(self, request: Request) -> None:
         """Its time limit has passed."""
         if request.status is not TicketStatus.WAITING:
             return
         self._state.leave(request)
-        self._changed = True
-        request.wait = self._now - request.since
+        request.wait = self._agenda.now - request.since
         self._close(request, Outcome.LOST)
+        self._waits_no_more(request.model)
+
+    def _waits_no_more(self, model: str) -> None:
+        """One request less waits for `model`. If none does, a switch to it is given up as long as it can be."""
+        self._changed = True
         state = self._state
-        if state.target == request.model and state.phase in (Phase.COOLDOWN, Phase.DRAIN) and not state.depth(request.model):
+        if state.target == model and state.phase in (Phase.COOLDOWN, Phase.DRAIN) and not state.depth(model):
             self._abandon()
 
-    def _close(self, request: _Request, outcome: Outcome) -> None:
-        request.outcome, request.finish = outcome, self._now
-        client = request.client
-        client.open -= 1
-        if not client.open:
-            self._at(self._now + client.pause, _ARRIVAL, self._begin_round, client)
+    def _close(self, request: Request, outcome: Outcome) -> None:
+        request.outcome, request.finish = outcome, self._agenda.now
+        self._clients.over(request)
 
     # Decisions
 
@@ -277,7 +236,7 @@ class _Engine:
         if target is not None:
             self._switch(target)
         elif self._decider.ask_again_at < math.inf:
-            self._ask_at = max(self._decider.ask_again_at, self._now + 0.001)  # as the driver does
+            self._ask_at = max(self._decider.ask_again_at, self._agenda.now + 0.001)  # as the driver does
 
     def _blame(self, model: str, what: str, exc: Exception | None = None) -> None:
         if isinstance(exc, SimulationError):
@@ -293,12 +252,13 @@ class _Engine:
 
     def _switch(self, to: str) -> None:
         state = self._state
-        rest = state.active_since + self._policy.min_active_duration - self._now if state.active is not None else 0.0
+        rest = state.active_since + self._policy.min_active_duration - self._agenda.now if state.active is not None else 0.0
         state.begin(to)
-        self._origin, self._begun, self._committed = state.active, self._now, None
+        self._origin, self._begun, self._committed = state.active, self._agenda.now, None
+        self._freeze_limit = None
         self._stage += 1
         if rest > 0:
-            self._at(self._now + rest, _STEP, self._drain, self._stage)
+            self._agenda.at(self._agenda.now + rest, STEP, self._drain, self._stage)
         else:
             self._drain(self._stage)
 
@@ -314,18 +274,28 @@ class _Engine:
         self._resume(None)
 
     @types.coroutine
-    def _wait_for_in_flight(self, timeout: float | None) -> Generator[_Drain, bool, bool]:
+    def _wait_for_in_flight(self, timeout: float | None) -> Generator[Drained, bool, bool]:
         if not self._state.in_flight(self._state.active):
             return True
-        return (yield _Drain(timeout))
+        return (yield Drained(timeout))
 
     async def _preempt(self, max_freezes: int, max_frozen: float) -> None:
-        raise SimulationError("preemption cannot be simulated yet")
+        origin = self._state.active
+        if origin is None:
+            return
+        while any(request.freezes >= max_freezes for request in self._serving.running(origin)):
+            await self._until_release()
+        self._freeze_limit = max_frozen
+
+    @types.coroutine
+    def _until_release(self) -> Generator[Released, None, None]:
+        yield Released()
 
     def _resume(self, value: bool | None) -> None:
         """Let `prepare_switch` go on until it waits again or is done."""
         assert self._preparation is not None  # noqa: S101 - for the type checker
         self._stage += 1
+        self._awaited = None
         name = f"{type(self._policy).__name__}.prepare_switch"
         try:
             wanted = self._preparation.send(value)
@@ -336,13 +306,15 @@ class _Engine:
         except Exception as exc:
             # An event loop is missing, for one. Whatever it is: the policy is the user's code.
             raise SimulationError(f"{name} raised {exc!r}; it may wait for nothing but in-flight requests") from exc
-        if not isinstance(wanted, _Drain):
+        if not isinstance(wanted, (Drained, Released)):
             self._preparation.close()
-            raise SimulationError(f"{name} waits for something other than wait_for_in_flight, which cannot be simulated")
-        if wanted.timeout is not None:
-            self._at(self._now + wanted.timeout, _STEP, self._deadline, self._stage)
+            raise SimulationError(f"{name} waits for something other than running requests, which cannot be simulated")
+        self._awaited = wanted
+        if isinstance(wanted, Drained) and wanted.timeout is not None:
+            self._agenda.at(self._agenda.now + wanted.timeout, STEP, self._go_on, self._stage)
 
-    def _deadline(self, stage: int) -> None:
+    def _go_on(self, stage: int) -> None:
+        """A deadline has passed, or a request is over."""
         if stage == self._stage and self._preparation is not None:
             self._resume(False)
 
@@ -351,13 +323,15 @@ class _Engine:
         if not state.commit():
             self._abandon()
             return
-        self._committed = self._now
+        self._committed = self._agenda.now
         if origin is None:
             self._wake(None)
             return
-        for request in list(self._running[origin]):
+        if self._freeze_limit is not None:
+            self._serving.stop(origin)
+        for request in self._serving.running(origin):
             self._release(request, Outcome.CUT)
-        self._at(self._now + self._sleeps[origin], _STEP, self._wake, origin)
+        self._agenda.at(self._agenda.now + self._sleeps[origin], STEP, self._wake, origin)
 
     def _wake(self, origin: str | None) -> None:
         """The outgoing model is asleep."""
@@ -365,31 +339,35 @@ class _Engine:
         if origin is not None:
             self._estimates.sleep_took(origin, self._levels[origin], self._sleeps[origin])
             self._costs = None
+            if self._freeze_limit is not None and state.in_flight(origin):
+                state.freeze(self._agenda.now)
+                self._serving.freeze(origin, self._freeze_limit)
         state.wake()
         if not state.depth(to):
             self._abandon()
             return
         state.wake_up()
-        self._at(self._now + self._wakes[to], _STEP, self._complete, to)
+        self._agenda.at(self._agenda.now + self._wakes[to], STEP, self._complete, to)
 
     def _complete(self, to: str) -> None:
         self._state.ready()
         self._estimates.wake_took(to, self._levels[to], self._wakes[to])
         self._costs = None
-        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._now, completed=True))
-        self._grant(self._state.complete(self._now))
+        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._agenda.now, completed=True))
+        self._serving.thaw(to)
+        self._grant(self._state.complete(self._agenda.now))
 
     def _abandon(self) -> None:
         self._stage += 1
         if self._preparation is not None:
             self._preparation.close()
-            self._preparation = None
+            self._preparation = self._awaited = None
         to = str(self._state.target)
-        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._now, completed=False))
+        self._switches.append(SwitchRecord(self._origin, to, self._begun, self._committed, self._agenda.now, completed=False))
         self._grant(self._state.abandon())
 
     def _grant(self, granted: list[Ticket]) -> None:
         self._changed = True
         for request in granted:
-            assert isinstance(request, _Request)  # noqa: S101 - for the type checker
-            self._serve(request)
+            assert isinstance(request, Request)  # noqa: S101 - for the type checker
+            self._serving.start(request)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Figures", "Outcome", "RequestRecord", "Result", "SwitchRecord", "percentile"]
+__all__ = ["ClassFigures", "Figures", "Outcome", "RequestRecord", "Result", "SwitchRecord", "percentile"]
 
 
 class Outcome(enum.Enum):
@@ -19,6 +19,10 @@ class Outcome(enum.Enum):
     """It has waited for `request_timeout` and left: a 504 at the gateway."""
     CUT = "cut"
     """Its model was put to sleep while it ran: drain off, or the drain's deadline passed."""
+    EXPIRED = "expired"
+    """It was frozen for longer than `max_frozen`: an error at the gateway."""
+    REFUSED = "refused"
+    """Too many were waiting already: a 429 at the gateway."""
 
 
 class RequestRecord(NamedTuple):
@@ -27,10 +31,16 @@ class RequestRecord(NamedTuple):
     model: str
     arrival: float
     wait: float
-    """From its arrival until it was admitted to its awake model, in seconds; if it was lost, until it left."""
+    """From its arrival until it was first admitted, in seconds; if it was lost, until it left; if it was refused, 0.0."""
     finish: float
-    """When it was answered, lost or cut."""
+    """When it was over, in whichever way."""
     outcome: Outcome
+    priority: str | None = None
+    """Its priority class."""
+    freezes: int = 0
+    """How often a switch has frozen it."""
+    frozen: float = 0.0
+    """For how many seconds in all: each time from when its model was asleep until it was active again."""
 
 
 class SwitchRecord(NamedTuple):
@@ -48,10 +58,25 @@ class SwitchRecord(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class ClassFigures:
+    """The waits of one priority class, in seconds, of those requests that were not refused."""
+
+    priority: str | None
+    """`None`: requests without a class."""
+    requests: int
+    """Those that were refused included."""
+    mean_wait: float
+    p50_wait: float
+    p99_wait: float
+    longest_wait: float
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """A result in numbers. Times are in seconds."""
+    """A result in numbers. Times are in seconds. Waits and freezes are those of the requests that were not refused."""
 
     requests: int
+    """Those that were refused included."""
     mean_wait: float
     p50_wait: float
     p99_wait: float
@@ -61,9 +86,19 @@ class Figures:
     serving_share: float
     """The time in which a model was active with at least one request in flight, drains included, as a share of the makespan."""
     makespan: float
-    """From the first arrival until the last request was answered, lost or cut."""
+    """From the first arrival until the last request was over."""
     lost: int
     cut: int
+    """Those that were frozen for too long included."""
+    refused: int
+    freezes: int
+    """How many times a request was frozen, in all."""
+    mean_frozen: float
+    """Over all requests, also those that were never frozen, as the mean wait is."""
+    longest_frozen: float
+    """Of one request, in all its freezes."""
+    classes: Sequence[ClassFigures]
+    """By priority class, in order of first arrival; empty if no request has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +125,24 @@ class Result:
         return max((request.finish for request in self.requests), default=0.0)
 
     def waits(self) -> list[float]:
-        """Every wait, the shortest first. Those of lost requests count as far as they went, so that losing them is no gain."""
-        return sorted(request.wait for request in self.requests)
+        """Every wait but those of refused requests, the shortest first.
+
+        Those of lost requests count as far as they went, so that losing them is no gain.
+        """
+        return _waits(self.requests)
 
     def figures(self) -> Figures:
         """Sum it up."""
         waits = self.waits()
         makespan = self.end - self.begin
         outcomes = [request.outcome for request in self.requests]
+        frozen = [request.frozen for request in self.requests if request.freezes]
+        by_class: dict[str | None, list[RequestRecord]] = {}
+        for request in self.requests:
+            by_class.setdefault(request.priority, []).append(request)
         return Figures(
-            requests=len(waits),
-            mean_wait=math.fsum(waits) / len(waits) if waits else 0.0,
+            requests=len(self.requests),
+            mean_wait=_mean(waits),
             p50_wait=percentile(waits, 0.5),
             p99_wait=percentile(waits, 0.99),
             longest_wait=waits[-1] if waits else 0.0,
@@ -108,8 +150,27 @@ class Result:
             serving_share=self.serving / makespan if makespan > 0 else 0.0,
             makespan=makespan,
             lost=outcomes.count(Outcome.LOST),
-            cut=outcomes.count(Outcome.CUT),
+            cut=outcomes.count(Outcome.CUT) + outcomes.count(Outcome.EXPIRED),
+            refused=outcomes.count(Outcome.REFUSED),
+            freezes=sum(request.freezes for request in self.requests),
+            mean_frozen=math.fsum(frozen) / len(waits) if waits else 0.0,
+            longest_frozen=max(frozen, default=0.0),
+            classes=[_class_figures(*each) for each in by_class.items()] if by_class.keys() - {None} else [],
         )
+
+
+def _class_figures(priority: str | None, requests: Sequence[RequestRecord]) -> ClassFigures:
+    waits = _waits(requests)
+    longest = waits[-1] if waits else 0.0
+    return ClassFigures(priority, len(requests), _mean(waits), percentile(waits, 0.5), percentile(waits, 0.99), longest)
+
+
+def _waits(requests: Sequence[RequestRecord]) -> list[float]:
+    return sorted(request.wait for request in requests if request.outcome is not Outcome.REFUSED)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

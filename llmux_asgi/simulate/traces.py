@@ -1,8 +1,10 @@
 """Loads from files: traces as CSV, the gateway's own request log, and workloads written down whole.
 
-    NAME.csv     columns TIMESTAMP, ContextTokens, GeneratedTokens (the form of Azure's traces), and, if there is one, model
+    NAME.csv     columns TIMESTAMP, ContextTokens, GeneratedTokens (the form of Azure's traces), and, if there are any, model
+                 and priority
     NAME.jsonl   the gateway's request log (`request_log`)
-    NAME.json    a `Workload`: {"name": …, "scripts": [{"rounds": [[{"offset", "model", "service"}]], "start", "pause"}]}
+    NAME.json    a `Workload`: {"name": …, "scripts": [{"rounds": [[{"offset", "model", "service", "priority"}]], "start",
+                 "pause"}]}
 
 Each may be compressed: `NAME.csv.gz`.
 """
@@ -15,11 +17,12 @@ import io
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -53,15 +56,21 @@ class TraceOptions:
 
 
 def read_workload(
-    path: Path, models: Sequence[str], *, aliases: Mapping[str, str] | None = None, options: TraceOptions | None = None
+    path: Path,
+    models: Sequence[str],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    priorities: Collection[str] = (),
+    options: TraceOptions | None = None,
 ) -> Workload:
     """Read a load for `models` from a file.
 
     Requests that name no model are given one by a draw from Zipf's distribution: the weight of the k-th model is 1/k.
-    `aliases` are further names of the models. Raises `SimulationError`, which names the file and the line.
+    `aliases` are further names of the models, `priorities` the priority classes that there are. Raises `SimulationError`, which
+    names the file and the line.
     """
     options = options or TraceOptions()
-    names = {**(aliases or {}), **{model: model for model in models}}
+    names = _Names({**(aliases or {}), **{model: model for model in models}}, frozenset(priorities))
     kind = path.suffixes[-2:-1] if path.suffix == ".gz" else path.suffixes[-1:]
     try:
         match kind:
@@ -84,8 +93,8 @@ def read_workload(
         raise SimulationError(f"{path}: {exc}") from None
     if not taken:
         raise SimulationError(f"{path}: there are no requests in it")
-    first = min(time for time, _, _ in taken)
-    arrivals = [Arrival((time - first) / options.speed, model, service) for time, model, service in taken]
+    first = min(row.time for row in taken)
+    arrivals = [Arrival((row.time - first) / options.speed, row.model, row.service, row.priority) for row in taken]
     return Workload(path.name, [Script([sorted(arrivals, key=lambda arrival: arrival.offset)])])
 
 
@@ -95,8 +104,34 @@ class _LineError(Exception):
         self.line = line
 
 
-_Row = tuple[float, str, float]
-"""Time of arrival, model, service; seconds."""
+class _Row(NamedTuple):
+    """A request. `time` is when it came, in seconds, as the file counts them."""
+
+    time: float
+    model: str
+    service: float
+    priority: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What a file may name."""
+
+    models: Mapping[str, str]
+    """Aliases too."""
+    priorities: frozenset[str]
+
+    def model(self, name: str, line: int) -> str:
+        try:
+            return self.models[name]
+        except KeyError:
+            raise _LineError(line, f"the model {name!r} is not configured") from None
+
+    def priority(self, name: str | None, line: int) -> str | None:
+        """Nothing, or an empty cell: it has none of its own."""
+        if name and name not in self.priorities:
+            raise _LineError(line, f"the priority {name!r} is not configured")
+        return name or None
 
 
 def _bytes(path: Path) -> bytes:
@@ -112,7 +147,7 @@ def _lines(path: Path) -> Iterator[str]:
         yield from text
 
 
-def _read_csv(lines: Iterator[str], models: Sequence[str], names: Mapping[str, str], options: TraceOptions) -> Iterator[_Row]:
+def _read_csv(lines: Iterator[str], models: Sequence[str], names: _Names, options: TraceOptions) -> Iterator[_Row]:
     reader = csv.reader(lines, strict=True)
     rng = random.Random(options.seed)
     weights = [1 / (place + 1) for place in range(len(models))]
@@ -120,7 +155,8 @@ def _read_csv(lines: Iterator[str], models: Sequence[str], names: Mapping[str, s
         columns = {name.strip().lower(): index for index, name in enumerate(next(reader, []))}
         if missing := [name for name in ("TIMESTAMP", "GeneratedTokens") if name.lower() not in columns]:
             raise _LineError(1, f"there is no column {' and no column '.join(missing)}")
-        when, tokens, model = columns["timestamp"], columns["generatedtokens"], columns.get("model")
+        when, tokens = columns["timestamp"], columns["generatedtokens"]
+        model, priority = columns.get("model"), columns.get("priority")
         for row in reader:
             if not row:
                 continue
@@ -128,19 +164,23 @@ def _read_csv(lines: Iterator[str], models: Sequence[str], names: Mapping[str, s
                 raise _LineError(reader.line_num, f"{len(row)} values for {len(columns)} columns")
             # Drawn for each row, so that the others keep theirs when one is given a model.
             drawn = rng.choices(models, weights)[0]
-            named = _known(row[model], names, reader.line_num) if model is not None and row[model] else drawn
+            named = names.model(row[model], reader.line_num) if model is not None and row[model] else drawn
             generated = _checked(int, row[tokens], "a number of tokens", reader.line_num)
-            yield (
+            yield _Row(
                 _checked(_seconds, row[when], "a time such as 2023-11-16 18:15:46.68", reader.line_num),
                 named,
                 options.prefill + generated / options.tokens_per_second,
+                names.priority(row[priority], reader.line_num) if priority is not None else None,
             )
     except csv.Error as exc:
         raise _LineError(reader.line_num, str(exc)) from None
 
 
-def _read_log(lines: Iterable[str], names: Mapping[str, str]) -> Iterator[_Row]:
-    """Requests that were never admitted are given the mean of their model's others, for that is what they would have taken."""
+def _read_log(lines: Iterable[str], names: _Names) -> Iterator[_Row]:
+    """Requests that were never admitted are given the mean of their model's others, for that is what they would have taken.
+
+    The time in which one was frozen is none of its service.
+    """
     decoder = msgspec.json.Decoder(RequestEntry)
     entries: list[RequestEntry] = []
     for number, line in enumerate(lines, 1):
@@ -150,18 +190,21 @@ def _read_log(lines: Iterable[str], names: Mapping[str, str]) -> Iterator[_Row]:
             entry = decoder.decode(line)
         except msgspec.DecodeError as exc:
             raise _LineError(number, str(exc)) from None
-        if entry.served is not None and entry.served < 0:
-            raise _LineError(number, "served is less than 0")
-        entries.append(msgspec.structs.replace(entry, model=_known(entry.model, names, number)))
+        if entry.served is not None and min(entry.served, entry.frozen) < 0:
+            raise _LineError(number, f"{'served' if entry.served < 0 else 'frozen'} is less than 0")
+        served = None if entry.served is None else max(0.0, entry.served - entry.frozen)
+        names.priority(entry.priority, number)
+        entries.append(msgspec.structs.replace(entry, model=names.model(entry.model, number), served=served))
     means = {}
     for model in {entry.model for entry in entries}:
-        served = [entry.served for entry in entries if entry.model == model and entry.served is not None]
-        means[model] = sum(served) / len(served) if served else 0.0
+        known = [entry.served for entry in entries if entry.model == model and entry.served is not None]
+        means[model] = sum(known) / len(known) if known else 0.0
     for entry in entries:
-        yield entry.time, entry.model, means[entry.model] if entry.served is None else entry.served
+        service = means[entry.model] if entry.served is None else entry.served
+        yield _Row(entry.time, entry.model, service, entry.priority)
 
 
-def _read_json(data: bytes, names: Mapping[str, str], options: TraceOptions) -> Workload:
+def _read_json(data: bytes, names: _Names, options: TraceOptions) -> Workload:
     if options.speed != 1 or options.limit is not None:
         raise SimulationError("a workload file is played as it is: speed and limit are for traces")
     load = msgspec.json.decode(data, type=Workload)
@@ -169,22 +212,16 @@ def _read_json(data: bytes, names: Mapping[str, str], options: TraceOptions) -> 
         for arrival in (arrival for part in script.rounds for arrival in part):
             if min(arrival.offset, arrival.service, script.start, script.pause) < 0:
                 raise msgspec.ValidationError("start, pause, offset and service must not be less than 0")
-            if arrival.model not in names:
+            if arrival.model not in names.models:
                 raise msgspec.ValidationError(f"the model {arrival.model!r} is not configured")
+            if arrival.priority is not None and arrival.priority not in names.priorities:
+                raise msgspec.ValidationError(f"the priority {arrival.priority!r} is not configured")
 
     def renamed(script: Script) -> Script:
-        return Script(
-            [[Arrival(a.offset, names[a.model], a.service) for a in part] for part in script.rounds], script.start, script.pause
-        )
+        rounds = [[replace(arrival, model=names.models[arrival.model]) for arrival in part] for part in script.rounds]
+        return Script(rounds, script.start, script.pause)
 
     return Workload(load.name, [renamed(script) for script in load.scripts])
-
-
-def _known(name: str, names: Mapping[str, str], line: int) -> str:
-    try:
-        return names[name]
-    except KeyError:
-        raise _LineError(line, f"the model {name!r} is not configured") from None
 
 
 def _checked(convert: Callable[[str], float], text: str, what: str, line: int) -> float:

@@ -18,6 +18,8 @@ class Arrival:
     offset: float
     model: str
     service: float
+    priority: str | None = None
+    """Its priority class; `None`: that of its model, if it has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class Workload:
     def models(self) -> tuple[str, ...]:
         """The models that are asked for, in order of their first mention."""
         return tuple(dict.fromkeys(arrival.model for arrival in self._arrivals()))
+
+    @property
+    def priorities(self) -> tuple[str, ...]:
+        """The priority classes that are asked for, in order of their first mention."""
+        return tuple(dict.fromkeys(arrival.priority for arrival in self._arrivals() if arrival.priority is not None))
 
     @property
     def size(self) -> int:

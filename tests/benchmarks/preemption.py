@@ -1,4 +1,4 @@
-"""What preemption is worth on a real vLLM: `python -m tests.benchmarks.preemption`.
+"""What preemption is worth on a real vLLM: `make bench-preemption`.
 
 A request for the model `b` comes while `a` is at an answer that takes about a minute. How long until its first token, with
 `drain: wait` and with `drain: preempt`, one after the other in one run? And is the answer of `a` the undisturbed one?
@@ -29,7 +29,7 @@ SHORT = Prompt(chat=True, stream=True, text="in short", max_tokens=8)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=32, help="layers of the slow model")
+    parser.add_argument("--layers", type=int, default=48, help="layers of the slow model")
     parser.add_argument("--hidden", type=int, default=512, help="its hidden size, a multiple of 64")
     parser.add_argument("--tokens", type=int, default=900, help="tokens of the long answer")
     arguments = parser.parse_args()

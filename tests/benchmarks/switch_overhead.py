@@ -111,7 +111,7 @@ def main() -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     with start_sims(*options) as servers, httpx.Client(timeout=30) as client:
         models = {server.name: {"url": server.url} for server in servers}
-        config = {"models": models, "policy": {"min_active_duration": 0, "request_timeout": None}}
+        config = {"models": models, "policy": {"name": "fifo", "min_active_duration": 0, "request_timeout": None}}
         llm = LLMuxApp(config, tracer_provider=provider)
         with serve(Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan)) as url:
             side_by_side(f"{url}/llm", servers, client)

@@ -134,7 +134,7 @@ def test_a_gateway_switches_between_two_models_of_one_router(router: str) -> Non
         "alpha": {"url": router, "server": "llama.cpp"},
         "second": {"url": router, "server": "llama.cpp", "served_name": "beta"},
     }
-    app = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+    app = LLMuxApp({"models": models, "policy": {"name": "fifo", "min_active_duration": 0}})
     with ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=stack.enter_context(serve(app)), timeout=60))
         for model, inside, other in (("alpha", "alpha", "beta"), ("second", "beta", "alpha"), ("alpha", "alpha", "beta")):

@@ -168,7 +168,7 @@ def test_a_gateway_switches_between_two_models_of_one_ollama(ollama: SimulatedOl
         "small": {"url": url, "server": "ollama", "served_name": "llama3.2:1b"},
         "qwen3": {"url": url, "server": "ollama"},
     }
-    app = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+    app = LLMuxApp({"models": models, "policy": {"name": "fifo", "min_active_duration": 0}})
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(httpx.Client(base_url=stack.enter_context(serve(app)), timeout=20))
         for model, known_as in (("small", "llama3.2:1b"), ("qwen3", "qwen3"), ("small", "llama3.2:1b")):

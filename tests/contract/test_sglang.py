@@ -291,7 +291,7 @@ def test_a_gateway_switches_between_two_servers() -> None:
     with ExitStack() as stack:
         urls = {name: stack.enter_context(serve(each)) for name, each in servers.items()}
         models = {name: {"url": url, "server": "sglang"} for name, url in urls.items()}
-        app = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+        app = LLMuxApp({"models": models, "policy": {"name": "fifo", "min_active_duration": 0}})
         client = stack.enter_context(httpx.Client(base_url=stack.enter_context(serve(app)), timeout=20))
         for model, other in ("ab", "ba", "ab"):
             answer = client.post("/v1/chat/completions", json={"model": model, "messages": []})

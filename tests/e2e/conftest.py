@@ -33,6 +33,11 @@ class Server:
         """Send a control call."""
         httpx.post(self.url + path, params=params, timeout=60).raise_for_status()
 
+    def sleeps(self) -> bool:
+        """Ask the server."""
+        answer: bool = httpx.get(self.url + "/is_sleeping", timeout=10).json()["is_sleeping"]
+        return answer
+
     def metric(self, name: str) -> float:
         """Read a metric of the server."""
         for line in httpx.get(self.url + "/metrics", timeout=10).text.splitlines():
@@ -58,12 +63,14 @@ class Pair:
         return self.servers[name]
 
     def config(self, **options: Any) -> dict[str, Any]:
-        """Return a gateway's configuration; the models are called `first` and `second` there."""
-        policy = {"min_active_duration": 0, **options.pop("policy", {})}
+        """Return a gateway's configuration; the models are called `first` and `second` there. `second` is for that alone."""
+        second = options.pop("second", {})
+        policy = {"name": "fifo", "min_active_duration": 0, **options.pop("policy", {})}
         models = {
             alias: {"url": server.url, "served_name": server.name, **options}
             for alias, server in zip(("first", "second"), self.servers.values(), strict=True)
         }
+        models["second"] |= second
         return {"models": models, "policy": policy}
 
 

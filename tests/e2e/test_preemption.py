@@ -34,15 +34,17 @@ class TokenByToken(SwitchPolicy):
 
     def __init__(self) -> None:
         self.streams: dict[str, list[Stream]] = {}
-        self._seen: tuple[str | None, list[int]] = None, []
+        self._turn: str | None = None
+        self._seen: dict[Stream, int] = {}
 
     def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
+        if self._turn != context.active_model:
+            self._turn, self._seen = context.active_model, {}
         streams = self.streams.get(context.active_model or "", [])
-        if self._seen[0] != context.active_model:
-            self._seen = context.active_model, [len(stream.events) for stream in streams]
-        shares = (
-            stream.finished or len(stream.events) >= seen + TURN for stream, seen in zip(streams, self._seen[1], strict=True)
-        )
+        shares = [
+            stream.finished or len(stream.events) >= self._seen.setdefault(stream, len(stream.events)) + TURN
+            for stream in streams
+        ]
         return SwitchNow() if all(shares) else Stay(context.now + 0.005)
 
     async def prepare_switch(self, context: SwitchContext) -> None:
@@ -73,29 +75,33 @@ def text(stream: Stream) -> tuple[str, str | None]:
     return stream.text, stream.finish_reason
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_long_answers_of_two_models_take_turns_and_all_are_whole(pair: Pair, undisturbed: Undisturbed, level: int) -> None:
+def test_long_answers_of_two_models_take_turns_and_all_are_whole(pair: Pair, undisturbed: Undisturbed) -> None:
     policy, long, plain = TokenByToken(), undisturbed.long, undisturbed.plain
-    options: dict[str, Any] = {"switches": policy, "sleep_level": level}
-    with gateway_over(pair, **options) as (llm, url), httpx.Client(base_url=url, timeout=300) as client:
+    with (
+        gateway_over(pair, switches=policy, second={"sleep_level": 2}) as (llm, url),
+        httpx.Client(base_url=url, timeout=300) as client,
+    ):
 
         def send(model: str) -> httpx.Response:
             return client.post(plain.path, json=plain.body(model))
 
-        streams = {model: [Stream(client, each.path, each.body(model)) for each in long] for model in ("first", "second")}
-        calls = {model: Call(partial(send, model)) for model in streams}
-        policy.streams = streams
-        for model, answers in undisturbed.answers.items():
-            assert [text(stream.end(300)) for stream in streams[model]] == answers[:STREAMS]
-            assert text_of(plain, calls[model].response(300).content) == answers[STREAMS]
+        waves = 0
+        while waves == 0 or llm.switcher.statistics().switches < ALTERNATIONS:  # on a busy machine a turn is many tokens long
+            streams = {model: [Stream(client, each.path, each.body(model)) for each in long] for model in ("first", "second")}
+            calls = {model: Call(partial(send, model)) for model in streams}
+            policy.streams = streams
+            for model, answers in undisturbed.answers.items():
+                assert [text(stream.end(300)) for stream in streams[model]] == answers[:STREAMS]
+                assert text_of(plain, calls[model].response(300).content) == answers[STREAMS]
+            waves += 1
         eventually("nothing is in flight, waits or is frozen", lambda: is_at_rest(llm))
-        assert llm.switcher.statistics().switches >= ALTERNATIONS
         assert llm.switcher.statistics().failures == 0
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_a_long_answer_does_not_hold_up_another_model(pair: Pair, undisturbed: Undisturbed, loop: EventLoop) -> None:
     policy: dict[str, Any] = {"name": "gated_quantum", "linger": 0, "drain": "preempt"}
+    second_was_awake = not [server.sleeps() for server in pair.servers.values()][1]
     with gateway_over(pair, loop, policy=policy) as (llm, url), httpx.Client(base_url=url, timeout=300) as client:
         prompt = undisturbed.long[0]
         long = Stream(client, prompt.path, prompt.body("first"))
@@ -104,5 +110,4 @@ def test_a_long_answer_does_not_hold_up_another_model(pair: Pair, undisturbed: U
         assert text(short)[0]
         assert not long.finished
         assert text(long.end(300)) == undisturbed.answers["first"][0]
-        statistics = llm.switcher.statistics()
-        assert statistics.switches == 2 if pair.kind == "sim" else statistics.switches in (2, 3)
+        assert llm.switcher.statistics().switches - (1 if second_was_awake else 0) == 2

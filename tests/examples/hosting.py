@@ -109,7 +109,7 @@ def configuration(sims: Sequence[SimProcess]) -> dict[str, Any]:
     """The configuration of `examples/llmux.yaml`, in short, for simulated servers."""
     return {
         "models": {sim.name: {"url": sim.url, "aliases": ["gpt-4o"] if sim.name == "qwen" else []} for sim in sims},
-        "policy": {"min_active_duration": 0},
+        "policy": {"name": "fifo", "min_active_duration": 0},
     }
 
 

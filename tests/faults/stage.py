@@ -238,7 +238,7 @@ class Stage:
             models[model] = {**server, "timeouts": timeouts, **own}
         return {
             "models": models,
-            "policy": self.policy(),
+            "policy": {"name": "fifo", **self.policy()},
             "limits": {"backoff_initial": 0, "backoff_max": 0, "health_interval": None, "shutdown": 5, **self.setting.limits},
             "memory": {"settle": 0.3},
         }

@@ -125,7 +125,7 @@ def process_of(group: int, title: str) -> int:
 def config_of(servers: Iterable[RealServer], models: dict[str, Any], **limits: Any) -> dict[str, Any]:
     """A gateway's configuration: `models`, and `servers` by URL."""
     by_url = {server.name: {"url": server.url, "timeouts": {"sleep": 3, "probe": 2}} for server in servers}
-    policy = {"min_active_duration": 0, "request_timeout": PATIENCE}
+    policy = {"name": "fifo", "min_active_duration": 0, "request_timeout": PATIENCE}
     return {"models": {**models, **by_url}, "policy": policy, "limits": {"health_interval": 0.2, **limits}}
 
 

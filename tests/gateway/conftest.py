@@ -42,7 +42,7 @@ def gateway(loop: EventLoop, **config: Any) -> Iterator[Gateway]:
             "a": {"url": stack.enter_context(serve(a)), **config.pop("a", {})},
             "b": {"url": stack.enter_context(serve(b)), **config.pop("b", {})},
         }
-        policy = {"min_active_duration": 0, **config.pop("policy", {})}
+        policy = {"name": "fifo", "min_active_duration": 0, **config.pop("policy", {})}
         llm = LLMuxApp({"models": models, "policy": policy, **config})
         host = Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan)
         url = stack.enter_context(serve(host, loop)) + "/llm"
@@ -59,7 +59,7 @@ def loop(request: pytest.FixtureRequest) -> EventLoop:
 
 @pytest.fixture(scope="module")
 def shared(loop: EventLoop) -> Iterator[Gateway]:
-    """A gateway with the default configuration, but for `min_active_duration: 0`; starting one costs half a second."""
+    """A gateway with the default configuration, but for a policy that switches at once; starting one costs 0.5 s."""
     with gateway(loop) as running:
         yield running
 

@@ -155,7 +155,7 @@ def test_a_preloaded_model_needs_a_command_and_is_awake_without_a_request(loop: 
         name: {"command": [*command, f'{{"name": "{name}", "port": {{port}}, "start_seconds": 0}}'], "preload": preload}
         for name, preload in (("first", True), ("second", True), ("third", False))
     }
-    llm = LLMuxApp({"models": models, "policy": {"min_active_duration": 0}})
+    llm = LLMuxApp({"models": models, "policy": {"name": "fifo", "min_active_duration": 0}})
     with serve(Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan), loop):
         eventually("the first one is the last", lambda: llm.switcher.statistics().switches == 2)
         statistics = llm.switcher.statistics()

@@ -16,7 +16,8 @@ import httpx
 
 from llmux_asgi import LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
 from llmux_asgi._openai import Headers
-from llmux_asgi._proxy import Proxy, UpstreamResponse
+from llmux_asgi._proxy import Proxy
+from llmux_asgi._upstream import UpstreamResponse
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import EVENTS, counts_come_back_to_zero, echo
 from tests.support.eventually import eventually

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from llmux_asgi import load_config
 from llmux_asgi.cli import app
-from llmux_asgi.simulate import Arrival, Script, Workload
+from llmux_asgi.simulate import Arrival, Script, Workload, lower_bound
 from llmux_asgi.simulate.comparison import compare
 
 runner = CliRunner()
@@ -89,6 +89,76 @@ def test_the_settings_that_every_policy_has_are_the_configurations(trace: Path, 
         assert each["ratio"] is None  # who gives up makes the mean wait shorter
 
 
+CLASSES = {
+    "models": {**MODELS, "llama": {**MODELS["llama"], "priority": "low"}},
+    "priorities": {"high": 20, "low": 0},
+    "policy": {**POLICY, "drain": "preempt", "max_freezes": 3},
+    "limits": {"max_waiting": 12},
+}
+
+
+@pytest.fixture
+def classified(tmp_path: Path) -> Path:
+    path = tmp_path / "classified.csv"
+    rows = [f"{i},{'qwen' if i % 3 else 'llama'},{40 + 60 * (i % 5)},{'high' if i % 4 == 0 else ''}" for i in range(60)]
+    path.write_text("\n".join(["TIMESTAMP,model,GeneratedTokens,priority", *rows]))
+    return path
+
+
+def test_preemption_priorities_and_limits_are_the_configurations(classified: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "c.json", CLASSES)
+    told = simulated(classified, "--config", path)
+    for each in told["policies"]:
+        assert each["freezes"] > 0
+        assert 0 < each["mean_frozen"] < each["longest_frozen"]
+        assert [(one["priority"], one["requests"]) for one in each["classes"]] == [("high", 15), (None, 30), ("low", 15)]
+    assert told["bound"]["non_anticipating"] == told["bound"]["clairvoyant"]  # a model is brought back for who is frozen
+    slower = simulated(classified, "--config", path, "--recompute", 1)
+    assert slower["policies"][0]["makespan"] > told["policies"][0]["makespan"]
+    tight = {**CLASSES, "limits": {"max_waiting": 2}}
+    told = simulated(classified, "--config", written(tmp_path / "t.json", tight))
+    assert all(each["refused"] > 0 and each["ratio"] is None for each in told["policies"])
+
+
+def test_the_table_shows_classes_freezes_and_refusals_if_there_are_any(classified: Path, trace: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "c.json", {**CLASSES, "limits": {"max_waiting": 2}})
+    text = runner.invoke(app, ["simulate", str(classified), "--config", str(path)], catch_exceptions=False).stdout
+    head, _, first, *rows = text.splitlines()[2:]
+    columns = [name.strip() for name in re.split(r"  +", head) if name.strip()]
+    assert columns[8:] == ["cut", "refused", "freezes", "mean frozen", "longest frozen", "÷ bound"]
+    assert first.startswith(" * gated_quantum quantum=2 linger=0.5 ")
+    assert [re.split(r"  +", row)[1] for row in rows[:3]] == ["high", "(no class)", "low"]
+    assert "if it may switch" not in text
+    plain = written(tmp_path / "p.json", {"models": MODELS, "policy": POLICY})
+    text = runner.invoke(app, ["simulate", str(trace), "--config", str(plain)], catch_exceptions=False).stdout
+    assert "frozen" not in text
+    assert "refused" not in text
+    assert "no class" not in text
+
+
+@pytest.mark.parametrize(
+    ("policy", "drain"),
+    [
+        ({}, None),
+        ({"drain": True, "drain_timeout": 1}, 1.0),
+        ({"drain": "abort"}, 0.0),
+        ({"drain": "preempt"}, 0.0),
+        ({"drain": "preempt", "drain_timeout": 1}, 1.0),
+    ],
+)
+def test_the_bound_counts_the_drain_that_the_configuration_has(policy: dict[str, Any], drain: float | None) -> None:
+    arrivals = [Arrival(float(i), ("qwen", "llama")[i % 2], 5.0) for i in range(8)]
+    load = Workload("l", [Script([arrivals])])
+    comparison = compare(load, load_config({"models": MODELS, "policy": policy}))
+    expected = lower_bound(load, comparison.costs, drain=drain)
+    assert comparison.bound is not None
+    assert expected is not None
+    assert comparison.bound.clairvoyant == expected.clairvoyant
+    preempts = policy.get("drain") == "preempt"
+    assert comparison.bound.non_anticipating == (expected.clairvoyant if preempts else expected.non_anticipating)
+    assert all(run.figures.mean_wait >= comparison.bound.non_anticipating for run in comparison.runs)
+
+
 def test_a_closed_load_has_no_bound(tmp_path: Path, config: Path) -> None:
     loop = [[Arrival(0.0, "gpt", 1.0)]] * 5
     load = Workload("loops", [Script(loop, pause=0.5), Script([[Arrival(0.0, "llama", 1.0)]] * 5)])
@@ -143,11 +213,12 @@ def test_the_page_needs_nothing_but_itself_and_shows_each_policy(trace: Path, tm
         (["{trace}", "--config", "none.json"], "none.json: No such file"),
         (["{trace}", "--active", "phi"], "the model 'phi' is not configured"),
         (["{trace}", "--plot", "/none/page.html"], "simulate: /none/page.html: No such file"),
+        (["{classified}"], "classified.csv, line 2: the priority 'high' is not configured"),
         (["{trace}", "--tokens-per-second", "inf"], "must be finite numbers"),
     ],
 )
-def test_bad_input_is_said_in_one_line(trace: Path, config: Path, arguments: list[str], message: str) -> None:
-    words = [word.format(trace=trace) for word in arguments]
+def test_bad_input_is_said_in_one_line(trace: Path, classified: Path, config: Path, arguments: list[str], message: str) -> None:
+    words = [word.format(trace=trace, classified=classified) for word in arguments]
     assert message in refused(*words, *([] if "--config" in words else ["--config", config]))
 
 

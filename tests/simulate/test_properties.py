@@ -67,10 +67,14 @@ def check(result: Result, load: Workload, active: str | None) -> None:
     assert all(first[1] <= second[0] for first, second in pairwise(every))
     for request in result.requests:
         assert 0 <= request.wait <= request.finish - request.arrival + 1e-9
-        if request.outcome is not Outcome.LOST:
+        if request.outcome not in (Outcome.LOST, Outcome.REFUSED):
             begun = request.arrival + request.wait
-            # It is served within one turn of its model, from its admission to its end.
-            assert any(a - 1e-9 <= begun and request.finish <= b + 1e-9 for a, b in turns[request.model]), request
+            within = [a - 1e-9 <= begun <= b + 1e-9 for a, b in turns[request.model]]
+            assert any(within), request
+            if not request.freezes:  # it is served within one turn of its model, from its admission to its end
+                assert any(request.finish <= b + 1e-9 for (_, b), its in zip(turns[request.model], within, strict=True) if its)
+            elif request.outcome is Outcome.ANSWERED:
+                assert any(a - 1e-9 <= request.finish <= b + 1e-9 for a, b in turns[request.model]), request
     assert 0 <= result.figures().serving_share <= 1 + 1e-9
 
 
@@ -91,15 +95,60 @@ def test_nobody_waits_for_longer_than_the_policys_docstring_says(
 @given(
     load=loads,
     name=names,
-    drain=st.sampled_from([None, 0.0, 1.0]),
-    limit=st.sampled_from([2.0, 9.0]),
+    stay=st.sampled_from([0.0, 3.0]),
+    drain_timeout=st.sampled_from([None, 1.0]),
+    max_freezes=st.sampled_from([1, 16]),
+    recompute=st.sampled_from([0.0, 0.7]),
 )
 @settings(max_examples=150, deadline=None)
-def test_with_time_limits_each_is_answered_lost_or_cut(load: Workload, name: str, drain: float | None, limit: float) -> None:
-    make = POLICIES[name][0]
-    result = simulate(load, make(request_timeout=limit, drain_timeout=drain), COSTS, seeds=COSTS)
+def test_with_preemption_each_gets_its_service_whole_and_no_drain_is_waited_for(
+    load: Workload, name: str, stay: float, drain_timeout: float | None, max_freezes: int, recompute: float
+) -> None:
+    make, bound = POLICIES[name]
+    policy = make(
+        request_timeout=None, min_active_duration=stay, drain="preempt", drain_timeout=drain_timeout, max_freezes=max_freezes
+    )
+    result = simulate(load, policy, COSTS, seeds=COSTS, recompute=recompute)
     check(result, load, None)
+    assert all(request.outcome is Outcome.ANSWERED for request in result.requests)
+    for model, each in COSTS.items():
+        ours = [request for request in result.requests if request.model == model]
+        stood = [request.frozen + request.freezes * (each.sleep or 0.0) for request in ours]
+        served = [r.finish - r.arrival - r.wait - time for r, time in zip(ours, stood, strict=True)]
+        wanted = [
+            arrival.service for script in load.scripts for part in script.rounds for arrival in part if arrival.model == model
+        ]
+        if not recompute:
+            assert all(abs(a - b) < 1e-6 for a, b in zip(sorted(served), sorted(wanted), strict=True))
+        repeated = sum(served) - sum(wanted)
+        assert sum(recompute for r in ours if r.freezes) - 1e-6 <= repeated <= sum(recompute * r.freezes for r in ours) + 1e-6
+    often = any(request.freezes == max_freezes for request in result.requests)
+    drain = LONGEST + recompute if often else drain_timeout or 0.0
+    assert result.figures().longest_wait <= bound(3, drain, stay) + 1e-6
+
+
+@given(
+    load=loads,
+    name=names,
+    drain=st.sampled_from(["wait", "preempt", "abort"]),
+    deadline=st.sampled_from([None, 0.0, 1.0]),
+    limit=st.sampled_from([2.0, 9.0]),
+    room=st.sampled_from([None, 3]),
+)
+@settings(max_examples=150, deadline=None)
+def test_with_limits_each_is_answered_lost_cut_or_refused(
+    load: Workload, name: str, drain: str, deadline: float | None, limit: float, room: int | None
+) -> None:
+    make = POLICIES[name][0]
+    policy = make(request_timeout=limit, drain=drain, drain_timeout=deadline, max_frozen=limit)
+    result = simulate(load, policy, COSTS, seeds=COSTS, max_waiting=room)
+    check(result, load, None)
+    outcomes = {request.outcome for request in result.requests}
     assert result.figures().longest_wait <= limit + 1e-9
     for request in result.requests:
         assert request.outcome is not Outcome.LOST or request.wait >= limit - 1e-9
-    assert drain is not None or result.figures().cut == 0
+        assert request.outcome is not Outcome.REFUSED or request.finish == request.arrival
+        assert request.outcome is not Outcome.EXPIRED or request.frozen >= limit - 1e-9
+    assert drain == "abort" or (drain == "wait" and deadline is not None) or Outcome.CUT not in outcomes
+    assert drain == "preempt" or not any(request.freezes for request in result.requests)
+    assert room is not None or Outcome.REFUSED not in outcomes

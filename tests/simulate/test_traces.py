@@ -66,14 +66,33 @@ def test_speed_and_limit(tmp_path: Path) -> None:
 
 def test_the_gateways_own_log(tmp_path: Path) -> None:
     entries = [
-        RequestEntry(1003.5, "b", 2.0, 7.0, 200, True),
+        RequestEntry(1003.5, "b", 2.0, 17.0, 200, True, "high", frozen=10.0),  # what it was frozen for is no service
         RequestEntry(1000.0, "alias", 0.0, 2.0),
         RequestEntry(1001.0, "a", 60.0, None, 504),  # it is not known how long it would have taken
         RequestEntry(1002.0, "a", 0.0, 4.0),
     ]
     text = b"\n".join(msgspec.json.encode(entry) for entry in entries)
-    load = arrivals(read_workload(written(tmp_path, "log.jsonl.gz", text), ["a", "b"], aliases={"alias": "a"}))
-    assert load == [Arrival(0.0, "a", 2.0), Arrival(1.0, "a", 3.0), Arrival(2.0, "a", 4.0), Arrival(3.5, "b", 7.0)]
+    load = arrivals(
+        read_workload(written(tmp_path, "log.jsonl.gz", text), ["a", "b"], aliases={"alias": "a"}, priorities=["high"])
+    )
+    others = [Arrival(0.0, "a", 2.0), Arrival(1.0, "a", 3.0), Arrival(2.0, "a", 4.0)]
+    assert load == [*others, Arrival(3.5, "b", 7.0, "high")]
+
+
+def test_a_column_names_the_priority_class(tmp_path: Path) -> None:
+    text = "TIMESTAMP,GeneratedTokens,priority\n1,0,high\n2,0,\n"
+    load = arrivals(read_workload(written(tmp_path, "t.csv", text), ["a"], priorities=["high", "low"]))
+    assert [arrival.priority for arrival in load] == ["high", None]
+
+
+def test_a_workload_names_priority_classes_too(tmp_path: Path) -> None:
+    load = Workload("one", [Script([[Arrival(0.0, "a", 1.0, "high"), Arrival(0.0, "alias", 1.0)]])])
+    path = written(tmp_path, "w.json", msgspec.json.encode(load))
+    read = read_workload(path, ["a"], aliases={"alias": "a"}, priorities=["high"])
+    assert arrivals(read) == [Arrival(0.0, "a", 1.0, "high"), Arrival(0.0, "a", 1.0)]
+    assert read.priorities == ("high",)
+    with pytest.raises(SimulationError, match=r"w.json: .*the priority 'high' is not configured"):
+        read_workload(path, ["a"], aliases={"alias": "a"})
 
 
 def test_a_workload_is_read_as_it_is_written(tmp_path: Path) -> None:
@@ -104,6 +123,9 @@ SCRIPT = '{"name": "x", "scripts": [{"rounds": [[{"offset": 0, "model": "%s", "s
         ("t.jsonl", '{"time": 1, "model": "a"}\n', "t.jsonl, line 1: .*`waited`"),
         ("t.jsonl", '\n{"time": 1, "model": "z", "waited": 0}\n', "t.jsonl, line 2: the model 'z' is not configured"),
         ("t.jsonl", '{"time": 1, "model": "a", "waited": 0, "served": -1}\n', "t.jsonl, line 1: served is less than 0"),
+        ("t.jsonl", '{"time": 1, "model": "a", "waited": 0, "served": 1, "frozen": -1}\n', "line 1: frozen is less than 0"),
+        ("t.jsonl", '{"time": 1, "model": "a", "waited": 0, "priority": "x"}\n', "line 1: the priority 'x' is not"),
+        ("t.csv", "TIMESTAMP,GeneratedTokens,priority\n1,1,x\n", "t.csv, line 2: the priority 'x' is not configured"),
         ("t.json", "{", "t.json: "),
         ("t.json", SCRIPT % ("z", "1"), "t.json: the model 'z' is not configured"),
         ("t.json", SCRIPT % ("a", "-1"), "t.json: .* must not be less than 0"),

@@ -87,6 +87,7 @@ class Fleet:
         return {
             "models": {model.name: self._model(model) for model in MODELS},
             "policy": {
+                "name": "fifo",
                 "min_active_duration": 0,
                 "request_timeout": 10,
                 **(_PREEMPTS if self.preempts else {"drain_timeout": 1.0}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import signal
 import subprocess
@@ -76,15 +77,25 @@ class GatewayProcess:
 
 @contextmanager
 def gateway_process(
-    config: Mapping[str, Any], loop: EventLoop = "asyncio", ledger: str | Path | None = None
+    config: Mapping[str, Any],
+    loop: EventLoop = "asyncio",
+    ledger: str | Path | None = None,
+    *,
+    host: str = "tests.support.host",
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[GatewayProcess]:
-    """Start a gateway, wait until it listens, and end it with the block: by SIGTERM, by SIGKILL if that takes too long."""
+    """Start a gateway, wait until it listens, and end it with the block: by SIGTERM, by SIGKILL if that takes too long.
+
+    `host` is the module that is run, with the arguments of `tests.support.host`; `environment` is added to this process's own.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder, "config.json"), Path(folder, "log")
         path.write_text(json.dumps(config))
-        command = [sys.executable, "-m", "tests.support.host", str(path), loop, *(["--ledger", str(ledger)] if ledger else [])]
+        command = [sys.executable, "-m", host, str(path), loop, *(["--ledger", str(ledger)] if ledger else [])]
+        env = {**os.environ, **(environment or {})}
         with log.open("wb") as stderr:
-            process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+            pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+            process = subprocess.Popen(command, cwd=_ROOT, env=env, stdin=nothing, stdout=pipe, stderr=stderr)
         try:
             yield GatewayProcess(process, log)
         finally:

@@ -1,0 +1,51 @@
+"""The configuration: models, policy, limits. By object, dict or file (YAML, TOML, JSON), validated once.
+
+    models:
+      qwen:
+        url: http://127.0.0.1:8001
+        served_name: Qwen/Qwen3-14B     # default: the model's own name
+        aliases: [gpt-4o]
+        sleep_level: 1                  # default: the policy's
+        timeouts: {sleep: 120, wake: 300}
+      llama:
+        command: [vllm, serve, llama-3, --port, "{port}"]   # started, stopped and restarted by the gateway
+        env: {CUDA_VISIBLE_DEVICES: "0"}
+    policy: {name: gated_quantum, request_timeout: 120}
+    limits: {max_body: 33554432}
+
+All durations are in seconds, all sizes in bytes. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from ._load import ConfigSource, json_schema, load_config
+from ._models import (
+    POLICY_PARAMETERS,
+    Config,
+    CostsConfig,
+    DrainMode,
+    HooksConfig,
+    LimitsConfig,
+    MemoryConfig,
+    ModelConfig,
+    PolicyConfig,
+    PolicyName,
+    TimeoutsConfig,
+)
+
+__all__ = [
+    "POLICY_PARAMETERS",
+    "Config",
+    "ConfigSource",
+    "CostsConfig",
+    "DrainMode",
+    "HooksConfig",
+    "LimitsConfig",
+    "MemoryConfig",
+    "ModelConfig",
+    "PolicyConfig",
+    "PolicyName",
+    "TimeoutsConfig",
+    "json_schema",
+    "load_config",
+]
