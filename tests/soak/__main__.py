@@ -22,11 +22,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.5, help="longest time for the load")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of requests and faults; default: the time")
     parser.add_argument("--loop", choices=["asyncio", "trio"], default="asyncio", help="of the gateway")
+    drains = ["wait", "preempt"]
+    parser.add_argument("--drain", choices=drains, help="what a switch does with running requests; default: by the seed")
     parser.add_argument("--log", type=Path, help="where to write the gateway's log")
     given = parser.parse_args()
     faults = given.requests // 100 if given.faults is None else given.faults
-    size = Size(given.requests, given.switches, faults, given.concurrency, given.minutes)
-    print(f"{size.requests} requests, {size.switches} switches, {faults} faults on {given.loop}, seed {given.seed}", flush=True)
+    drain = given.drain or drains[given.seed % 2]
+    size = Size(given.requests, given.switches, faults, given.concurrency, given.minutes, drain == "preempt")
+    numbers = f"{size.requests} requests, {size.switches} switches, {faults} faults"
+    print(f"{numbers} on {given.loop}, drain {drain}, seed {given.seed}", flush=True)
     report = asyncio.run(soak(size, given.loop, given.seed))
     if given.log:
         given.log.write_text(report.log)
@@ -42,6 +46,7 @@ def describe(report: Report) -> str:
         f"{requests} requests in {report.seconds:.0f} s, {requests / max(1e-9, report.seconds):.0f} a second",
         "half of them took at most {:.3f} s, 99 % {:.2f} s, the longest {:.2f} s".format(*_quantiles(report.latencies)),
         *_table(report.outcomes),
+        f"{report.paused} streams paused while they were frozen",
         f"{found.get('switches')} switches, {found.get('failures')} failed, {found.get('abandoned')} given up",
         f"{sum(report.faults.values())} faults; the server by URL was restarted {report.restarts} times",
         *_table(report.faults),

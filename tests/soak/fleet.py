@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -53,16 +54,20 @@ MODELS = (
     Model(BY_URL, 0.23, {"sleep_level": 2}),
 )
 _TIMEOUTS = {"connect": 1.0, "probe": 1.0, "sleep": 1.0, "wake": 1.0, "start": 20.0, "stop": 0.5, "read": 1.5}
+_PREEMPTS = {"drain": "preempt", "min_active_duration": 0.02, "max_frozen": 3.0}
+"""A turn is long enough for most answers. Who is frozen for too long gets an error; who waits for a server that has fallen
+silent gets one later by `max_frozen`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HandCall:
     """A `/sleep` or `/wake_up` that did not come from the gateway. Times are monotonic seconds; it took effect in between."""
 
     path: str
     model: str
     begun: float
-    ended: float
+    ended: float = math.inf
+    """Infinity while it is under way: what it aborts may be over before it is."""
 
 
 @dataclass
@@ -70,6 +75,8 @@ class Fleet:
     """Where the servers listen, and what was done to them by hand."""
 
     gpu: Path
+    preempts: bool = False
+    """Whether a switch freezes the running requests. Sleep level 3 cannot, so the model that has it sleeps at level 1 then."""
     ports: dict[str, int] = field(default_factory=lambda: {model.name: free_port() for model in MODELS})
     by_hand: list[HandCall] = field(default_factory=list)
     restarts: int = 0
@@ -79,8 +86,14 @@ class Fleet:
         """The gateway's configuration."""
         return {
             "models": {model.name: self._model(model) for model in MODELS},
-            "policy": {"name": "fifo", "min_active_duration": 0, "request_timeout": 10, "drain_timeout": 1.0},
+            "policy": {
+                "name": "fifo",
+                "min_active_duration": 0,
+                "request_timeout": 10,
+                **(_PREEMPTS if self.preempts else {"drain_timeout": 1.0}),
+            },
             "limits": {
+                "heartbeat": 0.05,
                 "max_body": 65536,
                 "backoff_initial": 0.05,
                 "backoff_max": 0.4,
@@ -94,7 +107,8 @@ class Fleet:
         if model.name != BY_URL:
             options = json.dumps({"name": model.name, "gpu": str(self.gpu), **_SIM})
             where["command"] = [sys.executable, "-m", "llmux_asgi.sim", options[:-1] + ', "port": {port}}']
-        return {**where, "timeouts": _TIMEOUTS, **model.options}
+        levels = {"sleep_level": 1} if self.preempts and model.options["sleep_level"] == 3 else {}
+        return {**where, "timeouts": _TIMEOUTS, **model.options, **levels}
 
     def url(self, model: str) -> str:
         return f"http://127.0.0.1:{self.ports[model]}"
@@ -152,7 +166,8 @@ class Fleet:
 
     async def call_by_hand(self, client: httpx.AsyncClient, model: str, path: str) -> bool:
         """Send a control call past the gateway. Returns whether the server took it."""
-        begun = time.monotonic()
+        call = HandCall(path, model, time.monotonic())
+        self.by_hand.append(call)
         try:
             answer = await client.post(self.url(model) + path, timeout=_HAND_SECONDS)
         except httpx.ConnectError:
@@ -163,5 +178,5 @@ class Fleet:
             if not answer.is_success:
                 return False
         finally:
-            self.by_hand.append(HandCall(path, model, begun, time.monotonic()))
+            call.ended = time.monotonic()
         return True

@@ -45,6 +45,8 @@ class Size:
     concurrency: int = 24
     minutes: float = 9.5
     """After which the load ends, and the soak has failed."""
+    preempts: bool = False
+    """Whether a switch freezes the running requests (`drain: preempt`)."""
     memory_is_judged: bool = True
     """Not in a short one: the gateway's memory still settles."""
 
@@ -57,6 +59,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    paused: int = 0
+    """Streams that were frozen for so long that a comment came."""
     statistics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     memory: list[float] = field(default_factory=list)
@@ -100,7 +104,7 @@ async def soak(size: Size, loop: EventLoop, seed: int) -> Report:
     """Run one soak. What must not be is in the report's `violations`."""
     report = Report()
     with tempfile.TemporaryDirectory() as folder:
-        fleet = Fleet(Path(folder, "gpu"))
+        fleet = Fleet(Path(folder, "gpu"), size.preempts)
         async with fleet.running():
             with gateway_process(fleet.config(), loop, fleet.gpu) as gateway:
                 try:
@@ -136,6 +140,7 @@ async def _soak(size: Size, seed: int, fleet: Fleet, gateway: GatewayProcess, re
             await watch.aclose()
             report.seconds = time.monotonic() - begun
             report.faults, report.outcomes, report.latencies = injector.committed, judge.outcomes, judge.seconds
+            report.paused = judge.paused
             report.memory = watch.quarters()
         await injector.end()
     if not watcher.cancelled():
@@ -215,7 +220,7 @@ async def _look_back(base: str, fleet: Fleet, gateway: GatewayProcess, report: R
     if descriptors > 0 or threads > 0:
         report.violations.append(f"left over: {descriptors} file descriptors, {threads} threads; {open_files(gateway.pid)}")
     found = report.statistics = await asyncio.to_thread(gateway.statistics)
-    if found["mode"] != "active" or any(found["in_flight"].values()) or any(found["waiting"].values()):
+    if found["mode"] != "active" or any(any(found[counts].values()) for counts in ("in_flight", "waiting", "frozen")):
         report.violations.append(f"the gateway is not at rest: {found}")
 
 

@@ -133,6 +133,8 @@ class Judge:
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    paused: int = 0
+    """Streams with a comment in them: they were frozen."""
 
     def note(self, outcome: Outcome, seconds: float) -> None:
         self.outcomes[outcome] += 1
@@ -176,8 +178,9 @@ class Judge:
     def stream(self, order: Order, begun: float, content: bytes, *, left: bool) -> Outcome:
         """Judge a stream that has ended properly, or that its client has left."""
         said, reason, done = "", None, False
-        events = content.decode(errors="replace").split("\n\n")
-        rest = events.pop()
+        *parts, rest = content.decode(errors="replace").split("\n\n")
+        events = [event for event in parts if not event.startswith(":")]
+        self.paused += len(events) < len(parts)
         if rest and not left:
             return self.blame(order, f"the stream ends in the middle of an event: {rest[:300]!r}")
         for event in events:
