@@ -373,7 +373,14 @@ class ModelSwitcher:
 
     def _next_turn_in(self, model: str) -> float:
         policy, costs = self._policy, self._driver.costs()
-        return next_turn_in(self._state, model, self._clock(), costs, policy.min_active_duration, policy.expected_turn)
+        least = policy.min_active_duration
+        # A policy need not be a subclass, and may be older than this method.
+        turn: Callable[[float], float] = getattr(policy, "expected_turn", lambda cost: least)
+        try:
+            return next_turn_in(self._state, model, self._clock(), costs, least, turn)
+        except Exception:  # the policy is the user's code, and its estimate is not worth a request
+            logger.exception("%s.expected_turn failed", type(policy).__name__)
+            return max(1.0, least)
 
     def _refuse_while_backing_off(self, model: str) -> None:
         if failure := self._backoff.pausing(model, self._clock()):

@@ -13,8 +13,12 @@ from llmux_asgi import (
     LLMuxError,
     ModelCosts,
     Phase,
+    PolicyContext,
+    PolicyDecision,
     QueueFullError,
     QueueTimeoutError,
+    Stay,
+    SwitchContext,
     SwitchPolicy,
 )
 from tests.support.clock import Clock
@@ -259,4 +263,34 @@ async def test_a_refused_request_and_one_that_gives_up_are_told_when_to_come_bac
         await second.done.wait()
         assert isinstance(second.error, QueueTimeoutError)
         assert second.error.retry_after == pytest.approx(4 * 5.0 - 4.0 + 5.0)
+        active.finish.set()
+
+
+class Raises(GatedQuantumPolicy):
+    def expected_turn(self, switch_cost: float) -> float:
+        raise RuntimeError("bug")
+
+
+class Small:
+    """A policy that is no subclass, and knows the small vocabulary only."""
+
+    sleep_level = 1
+    request_timeout = None
+    min_active_duration = 7.0
+
+    def on_pending_request(self, context: PolicyContext) -> PolicyDecision:
+        return Stay()
+
+    async def prepare_switch(self, context: SwitchContext) -> None: ...
+
+
+@pytest.mark.parametrize("policy", [Raises(request_timeout=None), Small()])
+async def test_a_policy_that_cannot_say_how_long_a_turn_is_costs_no_place(policy: SwitchPolicy) -> None:
+    pool = pool_of(Clock(), policy, awake="a")
+    async with running(pool) as run:
+        active = await run.served("a")
+        request = run.send("b", timeout=0.0)
+        await request.done.wait()
+        assert isinstance(request.error, QueueTimeoutError)
+        assert request.error.retry_after >= 1.0
         active.finish.set()
