@@ -11,10 +11,12 @@ __all__ = ["render"]
 
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8a8a00", "#6a51a3")
 _WIDTH, _LEFT, _LANE, _HEIGHT = 1100, 330, 22, 360
+_MARGIN = 50
 _POINTS = 200
 _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
-svg { display: block; margin: 0.5em 0 2em; } text { font: 12px system-ui, sans-serif; fill: #222; }
+svg { display: block; margin: 0.5em 0 2em; max-width: 100%; height: auto; }
+text { font: 12px system-ui, sans-serif; fill: #222; }
 table { border-collapse: collapse; } td, th { padding: 0.2em 0.8em; text-align: right; } td:first-child { text-align: left; }
 .axis { stroke: #888; } .grid { stroke: #ddd; } .curve { fill: none; stroke-width: 2; } .key { padding: 0 0.4em; }
 """
@@ -44,14 +46,14 @@ def render(comparison: Comparison) -> str:
 
 
 def _table(comparison: Comparison) -> str:
-    head = "<tr><th></th><th>mean wait</th><th>p50</th><th>p99</th><th>longest</th><th>switches</th><th>serving</th></tr>"
-    rows = []
+    titles = ("", "mean wait", "p50", "p99", "longest", "switches", "serving", "lost")
+    rows = ["<tr>" + "".join(f"<th>{title}</th>" for title in titles) + "</tr>"]
     for run in comparison.runs:
         f = run.figures
         cells = (f"{f.mean_wait:.2f} s", f"{f.p50_wait:.2f} s", f"{f.p99_wait:.2f} s", f"{f.longest_wait:.2f} s")
-        texts = (escape(run.label), *cells, str(f.switches), f"{100 * f.serving_share:.1f} %")
+        texts = (escape(run.label), *cells, str(f.switches), f"{100 * f.serving_share:.1f} %", str(f.lost))
         rows.append("<tr>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
-    return f"<table>{head}{''.join(rows)}</table>"
+    return f"<table>{''.join(rows)}</table>"
 
 
 def _timeline(comparison: Comparison, models: dict[str, str]) -> str:
@@ -73,7 +75,7 @@ def _timeline(comparison: Comparison, models: dict[str, str]) -> str:
         x, time = _LEFT + step * (_WIDTH - _LEFT) / 5, begin + step * (end - begin) / 5
         anchor = "end" if step == 5 else "middle"
         parts.append(f'<text x="{x:.0f}" y="{bottom + 14}" text-anchor="{anchor}">{time:.0f} s</text>')
-    return f'<svg width="{_WIDTH}" height="{bottom + 20}" role="img">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {bottom + 20}" width="{_WIDTH}" role="img">{"".join(parts)}</svg>'
 
 
 def _turns(result: Result, begin: float) -> list[tuple[str, float, float]]:
@@ -97,19 +99,21 @@ def _distribution(comparison: Comparison) -> str:
     width, height = _WIDTH - 300, _HEIGHT - 30
     parts = []
     for step in range(6):
-        y, x = height - step * height / 5 + 5, 40 + step * width / 5
-        parts.append(f'<line class="grid" x1="40" x2="{40 + width}" y1="{y:.0f}" y2="{y:.0f}"/>')
-        parts.append(f'<text x="34" y="{y + 4:.0f}" text-anchor="end">{20 * step} %</text>')
+        y, x = height - step * height / 5 + 5, _MARGIN + step * width / 5
+        parts.append(f'<line class="grid" x1="{_MARGIN}" x2="{_MARGIN + width}" y1="{y:.0f}" y2="{y:.0f}"/>')
+        parts.append(f'<text x="{_MARGIN - 6}" y="{y + 4:.0f}" text-anchor="end">{20 * step} %</text>')
         parts.append(f'<text x="{x:.0f}" y="{_HEIGHT - 5}" text-anchor="middle">{longest * step / 5:.3g} s</text>')
     for place, run in enumerate(comparison.runs):
         colour = _COLOURS[place % len(_COLOURS)]
         shares = [point / _POINTS for point in range(_POINTS + 1)]
-        places = ((40 + percentile(waits[place], share) / longest * width, height - share * height + 5) for share in shares)
+        places = (
+            (_MARGIN + percentile(waits[place], share) / longest * width, height - share * height + 5) for share in shares
+        )
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         dashes = "" if run.configured else ' stroke-dasharray="6 3"'
         parts.append(f'<polyline class="curve" stroke="{colour}"{dashes} points="{points}"/>')
         parts.append(_key(run, colour, 30 + 20 * place))
-    return f'<svg width="{_WIDTH + 120}" height="{_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH + 120} {_HEIGHT}" width="{_WIDTH + 120}" role="img">{"".join(parts)}</svg>'
 
 
 def _key(run: PolicyRun, colour: str, y: int) -> str:
