@@ -127,7 +127,7 @@ def hour(default: float, best: float, longest: float = 50.0) -> Hour:
         (
             [row("x", "fifo", 1.0), row("x", "gated_quantum", 9.0, longest=31.0, bounded_only=True)],
             [],
-            ["starvation: served within κ·C, a switch and the drain"],
+            ["x: served within κ·C, a switch and the drain"],
         ),
         ([], [hour(6.5, 5.0)], []),
         ([], [hour(6.0, 5.0), hour(6.6, 5.0)], ["trace set: mean wait at most 1.3 times the best policy's"]),
