@@ -25,16 +25,14 @@ def tiny(seed: int) -> Workload:
 def test_a_short_run_has_every_request_its_prediction_and_its_place_in_tables_and_picture() -> None:
     told: list[str] = []
     loads = [Load("tiny", "three requests", tiny), Load("burst", "the same", tiny, burst=True)]
-    report = measure(loads, ("fifo", "gated_quantum"), (1, 2), 40.0, told.append)
-    assert [line.partition(": ")[2] for line in told] == [
-        f"{load}, seed {seed}" for seed in (1, 2) for load in ("tiny", "burst")
-    ]
+    report = measure(loads, ("fifo", "gated_quantum"), (1,), 40.0, told.append)
+    assert [line.partition(": ")[2] for line in told] == [f"{load}, seed {seed}" for seed in (1,) for load in ("tiny", "burst")]
     report = read(write(report))
     assert [(row.load, row.policy) for row in report.rows] == [
         (load, policy) for load in ("tiny", "burst") for policy in ("fifo", "gated_quantum")
     ]
     for row in report.rows:
-        assert [(run.seed, run.requests) for run in row.runs] == [(1, 3), (2, 3)]
+        assert [(run.seed, run.requests) for run in row.runs] == [(1, 3)]
         # a is woken, b waits for it, then a again: whatever the machine, nobody is faster than the servers are
         assert all(run.switches == run.predicted_switches == 3 for run in row.runs)
         assert all(run.mean_wait > 0.9 * run.predicted_mean_wait > 0 for run in row.runs)

@@ -19,7 +19,7 @@ from tests.support.eventually import eventually, is_at_rest
 from tests.support.serve import EventLoop
 
 STREAMS = 8
-TOKENS = {"sim": 2000, "real": 320}
+TOKENS = {"sim": 1000, "real": 320}
 SHORT = Prompt(chat=True, stream=True, text="in short", max_tokens=8)
 TURN = 1
 """Tokens that each stream of a model gets at least before the other one has its turn. On a busy machine it is dozens."""
