@@ -99,7 +99,7 @@ async def test_a_lone_request_is_served_in_the_midst_of_two_endless_loops(name: 
     assert waited <= bound(2)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 @pytest.mark.parametrize("name", POLICIES)
 async def test_no_wait_exceeds_the_bound_under_random_load_on_three_models(name: str, seed: int) -> None:
     make, bound = POLICIES[name]
@@ -187,7 +187,7 @@ async def test_an_interactive_request_need_not_wait_for_the_turn_of_a_batch_to_e
     assert waits["batch"] >= 4 * COST - DRAIN
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", [3])
 @pytest.mark.parametrize("name", POLICIES)
 async def test_no_wait_exceeds_the_bound_of_its_class_under_random_load(name: str, seed: int) -> None:
     world, chance = World(POLICIES[name][0](), priorities=PRIORITIES), random.Random(seed)

@@ -102,7 +102,7 @@ def test_without_anticipation_the_programme_is_mostly_exact_too() -> None:
 def test_a_part_of_the_drain_is_counted(models: str, anticipating: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relaxation, "_ROUNDS", 20)
     gains = 0
-    for seed in range(60 if models == "ab" else 5):
+    for seed in range(40 if models == "ab" else 5):
         arrivals, costs, active = small(seed, models)
         rng = random.Random(seed)
         holds = {model: [float(rng.randint(0, 7)) for _ in times] for model, times in arrivals.items()}
@@ -113,8 +113,8 @@ def test_a_part_of_the_drain_is_counted(models: str, anticipating: bool, monkeyp
             bound = two_model_cost(arrivals, costs, active, holds=holds, anticipating=anticipating, slots=1000)
             without = two_model_cost(arrivals, costs, active, anticipating=anticipating, slots=1000)
         else:
-            bound = relaxed_cost(arrivals, costs, active, holds=holds, anticipating=anticipating, slots=150)
-            without = relaxed_cost(arrivals, costs, active, anticipating=anticipating, slots=150)
+            bound = relaxed_cost(arrivals, costs, active, holds=holds, anticipating=anticipating, slots=100)
+            without = relaxed_cost(arrivals, costs, active, anticipating=anticipating, slots=100)
         assert bound <= exact + 1e-9, seed
         gains += bound > without + 0.5
     assert gains > (3 if models == "ab" else 0)
@@ -127,7 +127,7 @@ def test_the_relaxation_is_a_bound_and_not_an_idle_one(models: str, anticipating
     for seed in range(10 if models == "ab" else 4):
         arrivals, costs, active = small(seed, models)
         exact = brute_force(arrivals, costs, active, anticipating=anticipating)
-        bound = relaxed_cost(arrivals, costs, active, anticipating=anticipating, slots=150)
+        bound = relaxed_cost(arrivals, costs, active, anticipating=anticipating, slots=100)
         assert bound <= exact + 1e-9, seed
         if exact:
             ratios.append(bound / exact)
@@ -149,7 +149,7 @@ def test_of_three_models_the_better_of_two_bounds_is_taken_and_it_holds(monkeypa
         assert bound.non_anticipating * count <= brute_force(arrivals, costs, active, anticipating=False) + 1e-9, seed
 
 
-@pytest.mark.parametrize(("models", "rates"), [("ab", (0.05, 0.3, 2.0)), ("abc", (0.5,))])
+@pytest.mark.parametrize(("models", "rates"), [("ab", (0.05, 2.0)), ("abc", (0.5,))])
 def test_no_policy_is_better_than_the_bound(models: str, rates: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relaxation, "_ROUNDS", 8)
     rng = random.Random(5)
