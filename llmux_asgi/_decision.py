@@ -133,11 +133,11 @@ class Decider:
     def _look(self) -> _Situation:
         """Once for all models that are asked about. What it costs grows with the number of models, not of requests."""
         state, now = self._state, self._clock()
-        waiting = state.waiting_models()
+        waiting = state.longest_waits()
         return _Situation(
             now,
             MappingProxyType({model: state.depth(model) for model in waiting}),
-            MappingProxyType({model: now - state.waiting_since(model) for model in waiting}),
+            MappingProxyType({model: now - since for model, since in waiting.items()}),
             MappingProxyType({model: state.total_wait(model, now) for model in waiting}),
             MappingProxyType({model: state.head_start(model) for model in waiting}),
             MappingProxyType({model: now - state.queued_since(model) for model in waiting if state.queued(model)}),

@@ -26,6 +26,7 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from types import MappingProxyType
 
 from ._estimates import ModelCosts
@@ -219,7 +220,12 @@ class SwitcherState:
 
     def waiting_models(self) -> list[str]:
         """The models with waiting requests, the one that has waited longest first, head starts included."""
-        return sorted(filter(self.depth, self._queues), key=self.waiting_since)
+        return list(self.longest_waits())
+
+    def longest_waits(self) -> dict[str, float]:
+        """Since when the longest of the waits counts, by model, in the same order."""
+        since = {model: self.waiting_since(model) for model in self._queues if self.depth(model)}
+        return dict(sorted(since.items(), key=itemgetter(1))) if len(since) > 1 else since
 
     def by_use(self, models: Iterable[str]) -> list[str]:
         """Sort `models` by when they were active last, the latest first; those that never were keep their order."""

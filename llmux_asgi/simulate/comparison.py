@@ -78,7 +78,7 @@ def compare(
     wake_seconds: float | None = None,
     recompute: float = 0.0,
 ) -> Comparison:
-    """Simulate the configured policy, and all four with their defaults.
+    """Simulate the configured policy, and all four with their defaults, each once.
 
     What belongs to every policy (sleep level, time limits, drain and preemption, priorities, queue limits) is the
     configuration's for all of them. `recompute` is as for `simulate`, in seconds. What a sleep and a wake take is, by model:
@@ -130,6 +130,9 @@ def compare(
 
     common = ("sleep_level", "request_timeout", "drain", "drain_timeout", "max_freezes", "max_frozen")
     defaults = [PolicyConfig(name=name, **{key: getattr(config.policy, key) for key in common}) for name in POLICY_PARAMETERS]
+    # With its defaults the configured one needs no second row.
+    chosen = vars(build_policy(config.policy))
+    defaults = [each for each in defaults if each.name != config.policy.name or vars(build_policy(each)) != chosen]
     runs = (run(config.policy, configured=True), *(run(settings, configured=False) for settings in defaults))
     return Comparison(workload.name, costs, bound, runs)
 
