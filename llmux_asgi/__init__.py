@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         ThroughputPolicy,
     )
     from .switcher import ModelSwitcher
+    from .upstream import Http1Upstream, HttpxUpstream, Origin, Upstream, UpstreamFault, UpstreamResponse
 
 __all__ = [
     "Backend",
@@ -89,6 +90,8 @@ __all__ = [
     "GatedQuantumPolicy",
     "HooksBackend",
     "HooksConfig",
+    "Http1Upstream",
+    "HttpxUpstream",
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxApp",
@@ -104,6 +107,7 @@ __all__ = [
     "ModelCosts",
     "ModelSwitcher",
     "OllamaBackend",
+    "Origin",
     "Phase",
     "PolicyConfig",
     "PolicyContext",
@@ -124,13 +128,28 @@ __all__ = [
     "ThroughputPolicy",
     "TimeoutsConfig",
     "UnknownModelError",
+    "Upstream",
     "UpstreamError",
+    "UpstreamFault",
+    "UpstreamResponse",
     "VLLMBackend",
     "json_schema",
     "load_config",
 ]
 
-_HOMES = ("exceptions", "config", "policy", "_estimates", "_state", "backends", "_lease", "switcher", "middleware", "app")
+_HOMES = (
+    "exceptions",
+    "config",
+    "policy",
+    "_estimates",
+    "_state",
+    "backends",
+    "_lease",
+    "switcher",
+    "upstream",
+    "middleware",
+    "app",
+)
 
 
 def __getattr__(name: str) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from urllib.parse import urlsplit
@@ -26,10 +26,10 @@ from ._openai import (
     split_events,
     with_model,
 )
-from ._upstream import HttpxUpstream, Upstream, UpstreamFault, UpstreamResponse
 from .config import ModelConfig, TimeoutsConfig
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
+from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Proxy:
         max_frozen: float = 0.0,
     ) -> None:
         self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
-        self._upstream = upstream or HttpxUpstream()
+        self._upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,7 +95,7 @@ class Proxy:
 class _Target:
     """Where the requests for one model go."""
 
-    url: str
+    origin: Origin
     prefix: bytes
     served_name: str
     timeouts: TimeoutsConfig
@@ -108,7 +108,7 @@ class _Target:
         timeouts = model.timeouts
         if timeouts.read is not None:
             timeouts = msgspec.structs.replace(timeouts, read=timeouts.read + max_frozen)
-        return cls(f"{parts.scheme}://{parts.netloc}", prefix, model.served_name or name, timeouts, model.retry)
+        return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry)
 
 
 class _Relay:
@@ -187,35 +187,40 @@ class _Relay:
         target = self._target.prefix + self._route.encode("ascii")
         if query := self._scope.get("query_string"):
             target += b"?" + query
-        exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
-        async with exchange as response:
-            if response.status >= 500:
-                self._lease.distrust()  # its engine may have died
-                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
-                    raise UpstreamFault(f"answered {response.status}.")
-            kinds = {name.lower(): value for name, value in response.headers}
-            streams = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
-            encoded = kinds.get(b"content-encoding", b"identity") != b"identity"  # although it was asked not to
-            self._streams_events = streams and not encoded
-            start: Message = {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": relayed_response_headers(response.headers),
-            }
-            # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
-            if self._streams_events:
-                await self._relay_events(start, response.chunks, InterruptedAnswer(self._route, body))
-            elif self._lease.interrupted:
-                await self._relay_checked(start, response.chunks, InterruptedAnswer(self._route, body))
-            else:
-                await self._relay_plain(start, response)
+        response = await self._upstream.request(b"POST", self._target.origin, target, headers, body, self._target.timeouts)
+        try:
+            await self._pass_answer(response, body)
+        finally:
+            await response.aclose()
+
+    async def _pass_answer(self, response: UpstreamResponse, body: bytes) -> None:
+        if response.status >= 500:
+            self._lease.distrust()  # its engine may have died
+            if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                raise UpstreamFault(f"answered {response.status}.")
+        kinds = {name.lower(): value for name, value in response.headers}
+        streams = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
+        encoded = kinds.get(b"content-encoding", b"identity") != b"identity"  # although it was asked not to
+        self._streams_events = streams and not encoded
+        start: Message = {
+            "type": "http.response.start",
+            "status": response.status,
+            "headers": relayed_response_headers(response.headers),
+        }
+        # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
+        if self._streams_events:
+            await self._relay_events(start, response, InterruptedAnswer(self._route, body))
+        elif self._lease.interrupted:
+            await self._relay_checked(start, response, InterruptedAnswer(self._route, body))
+        else:
+            await self._relay_plain(start, response)
 
     async def _relay_plain(self, start: Message, response: UpstreamResponse) -> None:
         await self._begin(start)
         # A client has its answer when it has as many bytes as it was promised, and may send the next request at once. By
         # then the lease must be on its way back, and the ASGI server must know that this answer is over.
         left = content_length(response.headers)
-        async for chunk in response.chunks:
+        async for chunk in response:
             if left is not None:
                 left -= len(chunk)
             elif self._lease.interrupted:  # nobody can tell whether it will be whole
@@ -224,10 +229,10 @@ class _Relay:
         if not self.ended:
             await self._pass_on(b"", last=True)
 
-    async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
+    async def _relay_events(self, start: Message, response: UpstreamResponse, answer: InterruptedAnswer) -> None:
         await self._begin(start)
         rest = b""
-        async for chunk in chunks:
+        async for chunk in response:
             events, rest = split_events(rest + chunk)
             self._in_event = len(rest) > _LONGEST_EVENT
             if self._in_event:
@@ -245,9 +250,9 @@ class _Relay:
             raise self._interrupted()
         await self._pass_on(rest, last=True)
 
-    async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
+    async def _relay_checked(self, start: Message, response: UpstreamResponse, answer: InterruptedAnswer) -> None:
         """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
-        body = b"".join([chunk async for chunk in chunks])
+        body = b"".join([chunk async for chunk in response])
         status: int = start["status"]
         if status >= 500 or (status < 400 and not answer.is_whole(body)):  # a 4xx is what the server thinks of the request
             raise self._interrupted()

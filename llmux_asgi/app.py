@@ -22,6 +22,7 @@ from .middleware import LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
 from .telemetry import Telemetry
+from .upstream import Upstream
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -39,6 +40,7 @@ class LLMuxApp:
 
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
     `policy` and `memory` (what reads the GPU) replace those of the configuration.
+    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`.
     The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
@@ -53,6 +55,7 @@ class LLMuxApp:
         meter_provider: MeterProvider | None = None,
         policy: SwitchPolicy | None = None,
         memory: MemoryGauge | None = None,
+        upstream: Upstream | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
@@ -60,6 +63,7 @@ class LLMuxApp:
         )
         self._proxy = Proxy(
             self.config.models,
+            upstream,
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
         )
