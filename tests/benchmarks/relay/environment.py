@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tests.real.environment import cache_root, locked
 
-__all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "vllm_router"]
+__all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "py_spy", "vllm_router"]
 
 ROUTER_VERSION = "0.1.17"
+PY_SPY_VERSION = "0.4.1"
 
 
 class Unavailable(Exception):
@@ -41,21 +42,31 @@ def nginx() -> str:
 
 def vllm_router() -> str:
     """The path of the program, in a virtual environment in the user's cache folder. Raises `Unavailable`."""
-    folder = cache_root() / f"vllm-router-{ROUTER_VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
-    program, stamp = folder / "bin" / "vllm-router", folder / "llmux-asgi-complete"
+    return _program("vllm-router", ROUTER_VERSION)
+
+
+def py_spy() -> str:
+    """The path of the profiler, in such an environment too. Raises `Unavailable`."""
+    return _program("py-spy", PY_SPY_VERSION)
+
+
+def _program(package: str, version: str) -> str:
+    """The path of a program from PyPI that has its package's name; installed at the first call."""
+    folder = cache_root() / f"{package}-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
+    program, stamp = folder / "bin" / package, folder / "llmux-asgi-complete"
     with locked(folder.with_name(folder.name + ".lock")) as lock:
         if not (stamp.exists() and program.exists()):
             if folder.exists():
                 shutil.rmtree(folder)
-            _build(folder, lock)
+            _build(folder, f"{package}=={version}", lock)
             stamp.touch()  # last: a build that was interrupted has none
     return str(program)
 
 
-def _build(folder: Path, lock: int) -> None:
-    sys.stderr.write(f"installing vllm-router {ROUTER_VERSION} into {folder}\n")
+def _build(folder: Path, requirement: str, lock: int) -> None:
+    sys.stderr.write(f"installing {requirement} into {folder}\n")
     pip = [str(folder / "bin" / "python"), "-m", "pip", "-q", "--disable-pip-version-check"]
-    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "install", f"vllm-router=={ROUTER_VERSION}"]):
+    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "install", requirement]):
         done = subprocess.run(command, pass_fds=[lock], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise Unavailable(f"vllm-router cannot be installed: {done.stderr[-300:].strip()}")
+            raise Unavailable(f"{requirement} cannot be installed: {done.stderr[-300:].strip()}")

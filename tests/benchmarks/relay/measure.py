@@ -22,7 +22,7 @@ from tests.benchmarks.relay.processes import cores, free_port, many_files, memor
 from tests.benchmarks.relay.report import Report, Run
 from tests.benchmarks.relay.wire import EVENT_SECONDS, Kind
 
-__all__ = ["FULL", "QUICK", "Running", "Size", "measure", "run_load", "running", "upstream"]
+__all__ = ["FULL", "QUICK", "Running", "Size", "load_command", "measure", "run_load", "running", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,18 @@ def running(candidate: Candidate, upstream_port: int, folder: Path) -> Iterator[
             yield Running(place.port, pid)
 
 
-def run_load(target: Running, kind: Kind, connections: int, size: Size) -> Result:
-    """Run one load on its core."""
+def load_command(target: Running, kind: Kind, connections: int, size: Size) -> list[str]:
+    """What runs one load on its core and prints its `Result`."""
     command = [sys.executable, "-m", "tests.benchmarks.relay.load", str(target.port), kind, "--connections", str(connections)]
     command += ["--seconds", str(size.seconds), "--warmup", str(size.warmup), "--slow-events", str(size.slow_events)]
     if target.pid is not None:
         command += ["--pid", str(target.pid)]
-    done = subprocess.run(pinned(command, cores()[0]), stdout=subprocess.PIPE, check=True)
+    return pinned(command, cores()[0])
+
+
+def run_load(target: Running, kind: Kind, connections: int, size: Size) -> Result:
+    """Run one load."""
+    done = subprocess.run(load_command(target, kind, connections, size), stdout=subprocess.PIPE, check=True)
     return msgspec.json.decode(done.stdout, type=Result)
 
 
