@@ -10,10 +10,9 @@ from pathlib import Path
 
 from tests.real.environment import cache_root, locked
 
-__all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "py_spy", "vllm_router"]
+__all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "vllm_router"]
 
 ROUTER_VERSION = "0.1.17"
-PY_SPY_VERSION = "0.4.1"
 
 
 class Unavailable(Exception):
@@ -42,23 +41,13 @@ def nginx() -> str:
 
 def vllm_router() -> str:
     """The path of the program, in a virtual environment in the user's cache folder. Raises `Unavailable`."""
-    return _program("vllm-router", ROUTER_VERSION)
-
-
-def py_spy() -> str:
-    """The path of the profiler, in such an environment too. Raises `Unavailable`."""
-    return _program("py-spy", PY_SPY_VERSION)
-
-
-def _program(package: str, version: str) -> str:
-    """The path of a program from PyPI that has its package's name; installed at the first call."""
-    folder = cache_root() / f"{package}-{version}-py{sys.version_info.major}.{sys.version_info.minor}"
-    program, stamp = folder / "bin" / package, folder / "llmux-asgi-complete"
+    folder = cache_root() / f"vllm-router-{ROUTER_VERSION}-py{sys.version_info.major}.{sys.version_info.minor}"
+    program, stamp = folder / "bin" / "vllm-router", folder / "llmux-asgi-complete"
     with locked(folder.with_name(folder.name + ".lock")) as lock:
         if not (stamp.exists() and program.exists()):
             if folder.exists():
                 shutil.rmtree(folder)
-            _build(folder, f"{package}=={version}", lock)
+            _build(folder, f"vllm-router=={ROUTER_VERSION}", lock)
             stamp.touch()  # last: a build that was interrupted has none
     return str(program)
 

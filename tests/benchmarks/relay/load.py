@@ -18,7 +18,7 @@ from typing import cast
 import msgspec
 import uvloop
 
-from tests.benchmarks.relay.processes import cpu_seconds
+from tests.benchmarks.relay.processes import busy_seconds, cpu_seconds
 from tests.benchmarks.relay.wire import BURST_EVENTS, END, EVENT_SECONDS, Kind, body_of, request
 
 __all__ = ["Result", "main"]
@@ -47,12 +47,14 @@ class Result(msgspec.Struct, frozen=True):
     first_p50: float
     """From the request to the first byte of the answer's body."""
     first_p99: float
+    others: float
+    """Seconds of CPU that processes took, meanwhile, which have no part in this."""
 
 
 class Load:
     """What all connections share."""
 
-    def __init__(self, port: int, kind: Kind, count: int, pid: int | None) -> None:
+    def __init__(self, port: int, kind: Kind, count: int, pid: int | None, upstream_pid: int | None) -> None:
         self.kind = kind
         self.count = count
         self.request = request(kind, port)
@@ -66,17 +68,23 @@ class Load:
         self.events = 0
         self.open = True
         self._pid = pid
+        self._upstream_pid = upstream_pid
 
     def begin(self) -> None:
         """From now on it counts."""
         self.latencies.clear()
         self.firsts.clear()
         self.events = 0
-        self.begun, self.cpu_begun = time.perf_counter(), self._cpu()
+        self.note_begin()
+
+    def note_begin(self) -> None:
+        """From now on time and CPU count."""
+        self._begun, self._cpu_begun, self._others_begun = time.perf_counter(), self._cpu(), self._others()
 
     def end(self) -> None:
         """Up to now it counted."""
-        self.seconds, self.cpu = time.perf_counter() - self.begun, self._cpu() - self.cpu_begun
+        self.seconds, self.cpu = time.perf_counter() - self._begun, self._cpu() - self._cpu_begun
+        self.others = self._others() - self._others_begun
 
     def is_right(self, raw: bytes, chunked: bool) -> bool:
         """Whether a body is what it should be."""
@@ -90,14 +98,27 @@ class Load:
 
     def result(self, connections: int) -> Result:
         """What was found."""
-        quantiles = [(_quantile(values, 50), _quantile(values, 99)) for values in (self.latencies, self.firsts)]
-        (p50, p99), (first_p50, first_p99) = quantiles
-        answers, lost = len(self.latencies), connections * self.count - self.events if self.kind == "slow" else 0
-        errors = dict(self.errors)
-        return Result(connections, self.seconds, answers, self.events, lost, errors, self.cpu, p50, p99, first_p50, first_p99)
+        return Result(
+            connections=connections,
+            seconds=self.seconds,
+            answers=len(self.latencies),
+            events=self.events,
+            lost=connections * self.count - self.events if self.kind == "slow" else 0,
+            errors=dict(self.errors),
+            cpu=self.cpu,
+            p50=_quantile(self.latencies, 50),
+            p99=_quantile(self.latencies, 99),
+            first_p50=_quantile(self.firsts, 50),
+            first_p99=_quantile(self.firsts, 99),
+            others=self.others,
+        )
 
     def _cpu(self) -> float:
         return cpu_seconds(self._pid) if self._pid is not None else 0.0
+
+    def _others(self) -> float:
+        upstream = cpu_seconds(self._upstream_pid) if self._upstream_pid is not None else 0.0
+        return busy_seconds() - upstream - self._cpu() - time.process_time()
 
 
 class Connection(asyncio.Protocol):
@@ -259,7 +280,7 @@ async def slow_streams(load: Load, port: int, connections: int) -> None:
     load.begin()
     tasks = [asyncio.create_task(one(index)) for index in range(connections)]
     await asyncio.sleep(_SPREAD_SECONDS)
-    load.begun, load.cpu_begun = time.perf_counter(), load._cpu()
+    load.note_begin()
     await asyncio.sleep(max(0.1, due - _SPREAD_SECONDS))
     load.end()
     await asyncio.gather(*tasks)
@@ -276,10 +297,11 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.5)
     parser.add_argument("--slow-events", type=int, default=400)
     parser.add_argument("--pid", type=int, help="of the candidate, whose CPU time is measured")
+    parser.add_argument("--upstream-pid", type=int)
     given = parser.parse_args()
     kind = cast("Kind", given.kind)
     count = {"plain": 0, "burst": BURST_EVENTS, "slow": given.slow_events}[kind]
-    load = Load(given.port, kind, count, given.pid)
+    load = Load(given.port, kind, count, given.pid, given.upstream_pid)
     gc.disable()  # its pauses would be measured
     if kind == "slow":
         uvloop.run(slow_streams(load, given.port, given.connections))

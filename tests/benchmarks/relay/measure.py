@@ -22,7 +22,7 @@ from tests.benchmarks.relay.processes import cores, free_port, many_files, memor
 from tests.benchmarks.relay.report import Report, Run
 from tests.benchmarks.relay.wire import EVENT_SECONDS, Kind
 
-__all__ = ["FULL", "QUICK", "Running", "Size", "load_command", "measure", "run_load", "running", "upstream"]
+__all__ = ["FULL", "QUICK", "Running", "Size", "measure", "run_load", "running", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -52,48 +52,42 @@ QUICK = Size(rounds=2, seconds=1.0, warmup=0.3, slow_rounds=1, slow_streams=1000
 
 @dataclass(frozen=True)
 class Running:
-    """A candidate that answers; `pid` is `None` for the upstream itself."""
+    """A candidate that answers; `pid` is `None` if it is the upstream itself."""
 
     port: int
     pid: int | None
 
 
 @contextmanager
-def upstream(size: Size, folder: Path) -> Iterator[int]:
-    """Run the upstream on its core and yield its port."""
+def upstream(size: Size, folder: Path) -> Iterator[Running]:
+    """Run the upstream on its core."""
     port, log = free_port(), folder / "upstream.log"
     command = [sys.executable, "-m", "tests.benchmarks.relay.upstream", str(port), "--slow-events", str(size.slow_events)]
     with started(command, cores()[0], log) as pid:
         wait_ready(port, pid, log)
-        yield port
+        yield Running(port, pid)
 
 
 @contextmanager
-def running(candidate: Candidate, upstream_port: int, folder: Path) -> Iterator[Running]:
+def running(candidate: Candidate, server: Running, folder: Path) -> Iterator[Running]:
     """Run a candidate on its core until the block ends. Raises `Unavailable`, and `RuntimeError` if it does not answer."""
     if candidate.command is None:
-        yield Running(upstream_port, None)
+        yield Running(server.port, None)
         return
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        place = Place(free_port(), upstream_port, Path(own))
+        place = Place(free_port(), server.port, Path(own))
         log = place.folder / "log"
         with started(candidate.command(place), cores()[1], log) as pid:
             wait_ready(place.port, pid, log)
             yield Running(place.port, pid)
 
 
-def load_command(target: Running, kind: Kind, connections: int, size: Size) -> list[str]:
-    """What runs one load on its core and prints its `Result`."""
+def run_load(target: Running, server: Running, kind: Kind, connections: int, size: Size) -> Result:
+    """Run one load on its core. `server` is the upstream."""
     command = [sys.executable, "-m", "tests.benchmarks.relay.load", str(target.port), kind, "--connections", str(connections)]
     command += ["--seconds", str(size.seconds), "--warmup", str(size.warmup), "--slow-events", str(size.slow_events)]
-    if target.pid is not None:
-        command += ["--pid", str(target.pid)]
-    return pinned(command, cores()[0])
-
-
-def run_load(target: Running, kind: Kind, connections: int, size: Size) -> Result:
-    """Run one load."""
-    done = subprocess.run(load_command(target, kind, connections, size), stdout=subprocess.PIPE, check=True)
+    command += ["--upstream-pid", str(server.pid), *(["--pid", str(target.pid)] if target.pid is not None else [])]
+    done = subprocess.run(pinned(command, cores()[0]), stdout=subprocess.PIPE, check=True)
     return msgspec.json.decode(done.stdout, type=Result)
 
 
@@ -104,14 +98,14 @@ def measure(candidates: Sequence[Candidate], size: Size, tell: Callable[[str], N
     report = Report(machine=_machine(), versions=_versions())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with upstream(size, folder) as upstream_port:
+        with upstream(size, folder) as server:
             for number in range(size.rounds):
                 for candidate in candidates:
                     if candidate.name in report.left_out:
                         continue
                     try:
-                        with running(candidate, upstream_port, folder) as target:
-                            run = _one(candidate, target, size, slow=number < size.slow_rounds)
+                        with running(candidate, server, folder) as target:
+                            run = _one(candidate, target, server, size, slow=number < size.slow_rounds)
                     except (Unavailable, RuntimeError) as error:
                         report.left_out[candidate.name] = str(error)
                         tell(f"{candidate.name} is left out: {error}")
@@ -122,15 +116,15 @@ def measure(candidates: Sequence[Candidate], size: Size, tell: Callable[[str], N
     return report
 
 
-def _one(candidate: Candidate, target: Running, size: Size, *, slow: bool) -> Run:
+def _one(candidate: Candidate, target: Running, server: Running, size: Size, *, slow: bool) -> Run:
     loads: dict[str, Result] = {}
     for count in size.connections:
-        loads[f"plain {count}"] = run_load(target, "plain", count, size)
+        loads[f"plain {count}"] = run_load(target, server, "plain", count, size)
     resident = memory(target.pid)[0] if target.pid is not None else 0.0
-    loads["stream 1"] = run_load(target, "burst", 1, size)
-    loads["burst"] = run_load(target, "burst", size.burst_streams, size)
+    loads["stream 1"] = run_load(target, server, "burst", 1, size)
+    loads["burst"] = run_load(target, server, "burst", size.burst_streams, size)
     if slow:
-        loads["slow"] = run_load(target, "slow", size.slow_streams, size)
+        loads["slow"] = run_load(target, server, "slow", size.slow_streams, size)
     peak = memory(target.pid)[1] if target.pid is not None else 0.0
     return Run(candidate.name, loads, resident, peak)
 
@@ -139,7 +133,9 @@ def _summary(run: Run) -> str:
     rates = [f"{result.answers / result.seconds:,.0f}" for name, result in run.loads.items() if name.startswith("plain")]
     errors = sum(sum(result.errors.values()) for result in run.loads.values())
     burst = run.loads["burst"]
-    return f"{' / '.join(rates)} requests/s, {burst.events / burst.seconds:,.0f} events/s, {errors} errors"
+    others = max(result.others / result.seconds for result in run.loads.values())
+    disturbed = f"; others took up to {others:.0%} of a core" if others > 0.1 else ""
+    return f"{' / '.join(rates)} requests/s, {burst.events / burst.seconds:,.0f} events/s, {errors} errors{disturbed}"
 
 
 def _machine() -> str:

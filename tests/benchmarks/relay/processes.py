@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.benchmarks.relay.wire import body_of, request
 
-__all__ = ["cores", "cpu_seconds", "free_port", "many_files", "memory", "pinned", "started", "wait_ready"]
+__all__ = ["busy_seconds", "cores", "cpu_seconds", "free_port", "many_files", "memory", "pinned", "started", "wait_ready"]
 
 _ROOT = Path(__file__).resolve().parents[3]
 _TICK = os.sysconf("SC_CLK_TCK")
@@ -90,6 +90,13 @@ def wait_ready(port: int, pid: int, log: Path) -> None:
 def cpu_seconds(pid: int) -> float:
     """Seconds of CPU that a process and its living children have used."""
     return sum(sum(map(int, _stat(each)[11:13])) for each in _tree(pid)) / _TICK
+
+
+def busy_seconds() -> float:
+    """Seconds of CPU that all processes of this machine have used, and those that its host has taken away."""
+    fields = Path("/proc/stat").read_text().split(maxsplit=9)
+    user, nice, system, _, _, _, _, stolen = map(int, fields[1:9])
+    return (user + nice + system + stolen) / _TICK
 
 
 def memory(pid: int) -> tuple[float, float]:

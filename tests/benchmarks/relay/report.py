@@ -74,6 +74,12 @@ class Report(msgspec.Struct):
         mine, base = self.time(candidate, "plain 1", "p50"), self.time(BASE, "plain 1", "p50")
         return mine - base if mine is not None and base is not None else None
 
+    @property
+    def others(self) -> tuple[float, float]:
+        """What processes that have no part in this took meanwhile, in cores: the median of all loads, and the most."""
+        shares = [result.others / result.seconds for run in self.runs for result in run.loads.values()]
+        return statistics.median(shares), max(shares)
+
     def memory(self, candidate: str) -> tuple[float, float]:
         """In MB: after the plain loads (median), and the highest of all rounds."""
         runs = [run for run in self.runs if run.candidate == candidate]

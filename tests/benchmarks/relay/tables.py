@@ -87,8 +87,11 @@ def _conditions(report: Report) -> str:
     rounds = max((len(report.of(name, "burst")) for name in report.candidates), default=0)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     left_out = "".join(f" Left out: {name}, because {why}." for name, why in report.left_out.items())
-    minutes = report.seconds / 60
-    return f"Measured on {report.machine}, in {rounds} rounds and {minutes:.0f} minutes, with {versions}.{left_out}"
+    others, most = report.others
+    return (
+        f"Measured on {report.machine}, in {rounds} rounds and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
+        f"part in it took {others:.2f} of the cores meanwhile (median of all loads; at most {most:.2f}).{left_out}"
+    )
 
 
 def _candidates(report: Report) -> str:
