@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from .errors import ConfigImportError
 
-__all__ = ["Command", "Kind", "split_command"]
+__all__ = ["Command", "Kind", "split_command", "without_comments"]
 
 Kind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama", "other"]
 
@@ -17,11 +17,15 @@ _IMAGE = re.compile(r"(?![-/.~])[\w.-]+(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]+)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
+def without_comments(text: str) -> str:
+    """Return a command line without the lines that begin with #."""
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+
+
 def split_command(text: str, where: str) -> list[str]:
     """Return the words of a command line. Lines that begin with # are comments, a \\ at the end of a line joins it."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     try:
-        words = shlex.split(re.sub(r"\\\s*\n", "\n", "\n".join(lines)).removesuffix("\\"))
+        words = shlex.split(re.sub(r"\\\s*\n", "\n", without_comments(text)).removesuffix("\\"))
     except ValueError as exc:
         raise ConfigImportError(f"{where}: not a command line: {exc}") from None
     if not words:
@@ -38,6 +42,8 @@ class Command:
         self.container = PurePosixPath(words[0]).name in ("docker", "podman") and "run" in words
         self._image = self._find_image() if self.container else None
         self.kind = self._find_kind()
+        self.sleeps = any("--enable-sleep-mode" in word for word in words)
+        """Whether it asks for vLLM's sleep mode by itself."""
 
     def option(self, *names: str) -> list[str]:
         """Return the values of an option, by any of its names; empty if it is not given."""
@@ -110,7 +116,7 @@ class Command:
             run = self.words.index("run") + 1
             self.words[run:run] = ["-e", "VLLM_SERVER_DEV_MODE=1"]
             self.notes.append("VLLM_SERVER_DEV_MODE=1 was added: it opens vLLM's sleep routes")
-        if any("--enable-sleep-mode" in word for word in self.words):
+        if self.sleeps:
             return
         if shell:
             self.notes.append("add --enable-sleep-mode to the vLLM command line in it")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from ._command import Command, split_command
+from ._command import Command, split_command, without_comments
 from ._draft import Draft, mapping_at, number_at
 from ._hooks import process_hooks
 from ._macros import expand, used_macros
@@ -70,14 +70,16 @@ class _Model:
         self._environment = environment
 
     def convert(self) -> dict[str, Any]:
-        command = Command(split_command(self._text("cmd"), f"{self.where}cmd"))
-        uses_port = "PORT" in self._macros_in(self.model["cmd"])
+        # Comments first: a macro in one may have several lines.
+        text = without_comments(str(self.model.get("cmd") or ""))
+        command = Command(split_command(self._expand(text, f"{self.where}cmd"), f"{self.where}cmd"))
+        uses_port = "PORT" in self._macros_in(text)
         served = self._text("useModelName")
         router = None
         if command.kind == "llama.cpp" and not (self._is_router(command) or (router := command.to_router())):
-            return self._by_hooks(command, "the gateway cannot tell llama-server's router the name of this model")
+            return self._by_hooks(command, uses_port, "the gateway cannot tell llama-server's router the name of this model")
         if command.kind == "other":
-            return self._by_hooks(command, "the gateway has no way to put this kind of server to sleep")
+            return self._by_hooks(command, uses_port, "the gateway has no way to put this kind of server to sleep")
         command.prepare()
         url = self._url(command, uses_port)
         if router:
@@ -100,8 +102,8 @@ class _Model:
             **self._timeouts(loads="start", wakes_by_loading=command.kind == "llama.cpp", container=command.container),
         }
 
-    def _by_hooks(self, command: Command, why: str) -> dict[str, Any]:
-        url = self._url(command, uses_port=True, fixed=True)
+    def _by_hooks(self, command: Command, uses_port: bool, why: str) -> dict[str, Any]:
+        url = self._url(command, uses_port, fixed=True)
         port = str(urlsplit(url).port)
         words = [word.replace("{port}", port) for word in command.words]
         check = self._text("checkEndpoint") or "/health"
@@ -155,7 +157,7 @@ class _Model:
     def _sleep_level(self, command: Command) -> int | None:
         if command.kind != "vllm":
             return None
-        if "--enable-sleep-mode" in self._text("cmd"):
+        if command.sleeps:
             return 1
         self.draft.say(
             f"{self.where}cmd",

@@ -100,7 +100,7 @@ models:
   tuned:
     macros: {ctx: 8192, heat: 0.5}
     cmd: |
-      # the large window
+      # the large window: ${server} and --ctx-size
       ${sized} \
         -m ${home}/tuned-7b.gguf
       --alias old-name

@@ -180,6 +180,12 @@ def test_servers_that_shared_a_port_get_ports_of_their_own() -> None:
     assert "whisper-server --port 5800" in models["three"].hooks.wake[2]
 
 
+def test_a_command_that_says_no_port_is_told_of() -> None:
+    for cmd in ("vllm serve a", "some-server"):
+        assert "make it listen on 5800" in text_of(imported(cmd), "models.m.proxy")
+    assert not any(each.field == "models.m.proxy" for each in imported("some-server --port ${PORT}").findings)
+
+
 def test_models_that_are_preloaded() -> None:
     models = {"a": {"cmd": "vllm serve a --port ${PORT}"}, "b": {"cmd": "other --port ${PORT}"}}
     result = imported(models, hooks={"on_startup": {"preload": ["a", "b", "c"]}})
