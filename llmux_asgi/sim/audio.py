@@ -1,4 +1,4 @@
-"""`/v1/audio/transcriptions` and `/v1/audio/translations`: multipart forms in, text out (vLLM 0.32 has no speech)."""
+"""`/v1/audio/transcriptions` and `/v1/audio/translations`: multipart forms in, text out."""
 
 from __future__ import annotations
 

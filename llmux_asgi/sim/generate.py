@@ -32,6 +32,7 @@ __all__ = [
     "decode",
     "flatten",
     "required",
+    "run_whole",
     "strike",
     "submit",
     "tokens_of",
@@ -236,6 +237,19 @@ def _words(sequence: Sequence, wire: Wire, ready: int) -> str:
     if wire.ask.tool is not None:
         return "".join(wire.ask.tool.pieces()[:ready])
     return "".join([text.TOKENS[token] for token in sequence.tokens[:ready]])
+
+
+async def run_whole(engine: Engine, sequence: Sequence, receive: Receive) -> bool:
+    """Run what cannot be cut short to its end; False if its client has left. Raises `HttpError` if it was aborted."""
+    watch = asyncio.ensure_future(wait_until_gone(receive))
+    watch.add_done_callback(lambda task: None if task.cancelled() else engine.drop(sequence))
+    try:
+        await engine.produced(sequence, sequence.total)
+    finally:
+        watch.cancel()
+    if sequence.finish not in ("length", "gone"):
+        raise dead()
+    return sequence.finish == "length"
 
 
 async def answer(

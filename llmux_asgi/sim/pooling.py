@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 import time
@@ -12,10 +11,10 @@ import msgspec
 from starlette.types import Receive, Send
 
 from . import text
-from .asgi import HttpError, read_body, send_json, wait_until_gone
+from .asgi import HttpError, read_body, send_json
 from .engine import Engine
 from .faults import FaultPlan
-from .generate import check_model, dead, decode, flatten, strike, submit, tokens_of
+from .generate import check_model, decode, flatten, run_whole, strike, submit, tokens_of
 from .wire import new_id
 
 __all__ = ["POOLING_PATHS", "pool"]
@@ -63,16 +62,8 @@ async def pool(engine: Engine, faults: FaultPlan, path: str, receive: Receive, s
         raise HttpError(400, f"encoding_format {request.encoding_format!r} is not simulated", param="encoding_format")
     await strike(engine, faults, "request", receive)
     sequence = submit(engine, query + "".join(texts), 1)
-    watch = asyncio.ensure_future(wait_until_gone(receive))
-    watch.add_done_callback(lambda task: None if task.cancelled() else engine.drop(sequence))
-    try:
-        await engine.produced(sequence, 1)
-    finally:
-        watch.cancel()
-    if sequence.finish == "gone":
+    if not await run_whole(engine, sequence, receive):
         return
-    if sequence.finish != "length":
-        raise dead()  # a pooling answer cannot be cut short
     model = engine.options.name
     count = sum(tokens_of(item) for item in [query, *texts])
     usage: dict[str, Any] = {"prompt_tokens": count, "total_tokens": count}

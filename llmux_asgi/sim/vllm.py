@@ -30,6 +30,7 @@ from .generate import GENERATE_PATHS, Generator, decode
 from .gpu import GpuLedger
 from .info import Info
 from .messages import anthropic_body
+from .omni import OMNI_PATHS, make
 from .options import SimOptions
 from .pooling import POOLING_PATHS, pool
 from .realtime import realtime
@@ -71,7 +72,7 @@ class SimVLLM:
         private = info.private() | control.always() | (control.development() if options.dev_mode else {})
         self._private_paths = {path for _, path in private}
         self._routes = info.public() | private
-        posts = GENERATE_PATHS | POOLING_PATHS | AUDIO_PATHS
+        posts = GENERATE_PATHS | POOLING_PATHS | OMNI_PATHS | AUDIO_PATHS
         self._paths = {path for _, path in self._routes} | posts
         self._json_paths = self._paths - self._private_paths - AUDIO_PATHS
         stored = [("GET", "/v1/responses/{response_id}"), ("POST", "/v1/responses/{response_id}/cancel")]
@@ -112,6 +113,8 @@ class SimVLLM:
             await pool(self.engine, self._faults, path, receive, send)
         elif method == "POST" and path in AUDIO_PATHS:
             await transcribe(self.engine, self._faults, path, content_type, receive, send)
+        elif method == "POST" and path in OMNI_PATHS:
+            await make(self.engine, self._faults, path, receive, send)
         elif (handler := self._routes.get((method, path))) is not None:
             query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
             await handler(query, receive, send)

@@ -60,7 +60,7 @@ def test_a_slash_too_many_is_redirected_to_the_server_itself(driver: Driver) -> 
             assert (answer.status, answer.getheader("location")) == (307, f"http://{url.host}:{url.port}{path}")
 
 
-@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/metrics", "/load", "/weight_info", "/server_info"])
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/metrics", "/load", "/weight_info"])
 def test_what_no_client_should_see_is_there(driver: Driver, path: str) -> None:
     assert driver.get(path).status_code == 200
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import struct
+import wave
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,6 +178,17 @@ def test_audio_is_heard_and_the_form_is_what_counts(vllm: Driver) -> None:
 def test_a_broken_form_is_refused(content_type: str, body: bytes) -> None:
     with pytest.raises(HttpError):
         parse_form(content_type, body)
+
+
+def test_speech_and_images_are_files_of_their_kind(vllm: Driver) -> None:
+    spoken = vllm.post("/v1/audio/speech", {"model": "a", "input": "hello", "voice": "none"})
+    assert spoken.headers["content-type"] == "audio/wav"
+    with wave.open(io.BytesIO(spoken.content)) as sound:
+        assert sound.getnframes() == 12_000
+    drawn = vllm.post("/v1/images/generations", {"model": "a", "prompt": "hello", "n": 2}).json()["data"]
+    assert [base64.b64decode(each["b64_json"])[:4] for each in drawn] == [b"\x89PNG"] * 2
+    assert vllm.post("/v1/audio/speech", {"model": "a", "input": "x", "response_format": "mp3"}).status_code == 400
+    assert vllm.post("/v1/images/generations", {"model": "a"}).status_code == 400
 
 
 # Realtime
