@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ._estimates import ModelCosts
     from ._lease import Lease
     from ._state import Mode, Phase, SwitcherStatistics
+    from .access import Identity
     from .app import LLMuxApp
     from .backends import (
         Backend,
@@ -24,18 +25,22 @@ if TYPE_CHECKING:
         VLLMBackend,
     )
     from .config import (
+        AccessConfig,
         Config,
         CostsConfig,
         HooksConfig,
+        KeyConfig,
         LimitsConfig,
         MemoryConfig,
         ModelConfig,
         PolicyConfig,
+        SecretConfig,
         TimeoutsConfig,
         json_schema,
         load_config,
     )
     from .exceptions import (
+        AuthenticationError,
         BackendDeadError,
         BackendError,
         BackendStartError,
@@ -47,9 +52,11 @@ if TYPE_CHECKING:
         InterruptedRequestError,
         InvalidRequestError,
         LLMuxError,
+        PermissionDeniedError,
         PolicyError,
         QueueFullError,
         QueueTimeoutError,
+        RateLimitError,
         SwitchError,
         UnknownModelError,
         UpstreamError,
@@ -71,6 +78,8 @@ if TYPE_CHECKING:
     from .switcher import ModelSwitcher
 
 __all__ = [
+    "AccessConfig",
+    "AuthenticationError",
     "Backend",
     "BackendDeadError",
     "BackendError",
@@ -89,8 +98,10 @@ __all__ = [
     "GatedQuantumPolicy",
     "HooksBackend",
     "HooksConfig",
+    "Identity",
     "InterruptedRequestError",
     "InvalidRequestError",
+    "KeyConfig",
     "LLMuxApp",
     "LLMuxError",
     "LLMuxMiddleware",
@@ -104,6 +115,7 @@ __all__ = [
     "ModelCosts",
     "ModelSwitcher",
     "OllamaBackend",
+    "PermissionDeniedError",
     "Phase",
     "PolicyConfig",
     "PolicyContext",
@@ -113,7 +125,9 @@ __all__ = [
     "ProbedBackend",
     "QueueFullError",
     "QueueTimeoutError",
+    "RateLimitError",
     "SGLangBackend",
+    "SecretConfig",
     "Stay",
     "StoppableBackend",
     "SwitchContext",
@@ -130,7 +144,19 @@ __all__ = [
     "load_config",
 ]
 
-_HOMES = ("exceptions", "config", "policy", "_estimates", "_state", "backends", "_lease", "switcher", "middleware", "app")
+_HOMES = (
+    "exceptions",
+    "config",
+    "policy",
+    "_estimates",
+    "_state",
+    "backends",
+    "_lease",
+    "switcher",
+    "access",
+    "middleware",
+    "app",
+)
 
 
 def __getattr__(name: str) -> object:
