@@ -155,7 +155,8 @@ class _Responder:
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
                 frozen = self._lease.frozen_time if self._lease is not None else 0.0
-                entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen)
+                key = self._grant.identity.name if self._grant is not None else None
+                entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen, key=key)
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:

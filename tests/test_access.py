@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 from typer.testing import CliRunner
 
 from llmux_asgi import ConfigError, Identity, LLMuxApp, RateLimitError, cli, load_config
@@ -40,7 +41,7 @@ class Inner:
         return grant
 
 
-async def call(access: AccessControl, inner: Inner, **scope: Any) -> list[dict[str, Any]]:
+async def call(access: AccessControl, inner: ASGIApp, **scope: Any) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -163,6 +164,24 @@ async def test_what_the_hosts_authentication_raises_is_the_hosts_to_answer() -> 
 # A request that ends in any way
 
 
+@pytest.mark.parametrize(("body", "left"), [(b"{}", b"300"), (b"", b"1000")])
+async def test_fetching_an_answer_does_not_take_again_what_it_took_when_it_was_made(body: bytes, left: bytes) -> None:
+    access = AccessControl(configured({"keys": {"alice": {"hash": hash_key(KEY), "tokens_per_minute": 1000}}}), resolve)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope[SCOPE_GRANT].admit(body)
+        scope[SCOPE_GRANT].reach()
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"x-ratelimit-limit-tokens", b"of the server's")]}
+        )
+        await send({"type": "http.response.body", "body": b'{"usage": {"total_tokens": 700}}'})
+        await send({"type": "http.response.start", "status": 200})  # only to have the headers once more
+
+    sent = await call(access, app, headers=[(b"x-api-key", KEY.encode())])
+    assert dict(sent[-1]["headers"])[b"x-ratelimit-remaining-tokens"] == left
+    assert [value for name, value in sent[0]["headers"] if name == b"x-ratelimit-limit-tokens"] == [b"1000"]
+
+
 @pytest.mark.parametrize("raised", [RuntimeError, KeyboardInterrupt])
 async def test_a_place_is_given_back_when_the_app_raises(raised: type[BaseException]) -> None:
     access = AccessControl(configured({"keys": {"alice": {"hash": hash_key(KEY), "max_concurrent": 1}}}), resolve)
@@ -174,7 +193,7 @@ async def test_a_place_is_given_back_when_the_app_raises(raised: type[BaseExcept
 
     for _ in range(2):
         with pytest.raises(raised):
-            await call(access, app, headers=[(b"x-api-key", KEY.encode())])  # type: ignore[arg-type]
+            await call(access, app, headers=[(b"x-api-key", KEY.encode())])
     assert access._accounts["key", "alice"].in_flight == 0
 
 

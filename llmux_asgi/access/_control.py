@@ -164,7 +164,7 @@ class Grant:
     def admit(self, body: bytes) -> None:
         """Take the request out of the client's limits. Raises `RateLimitError`."""
         limit = self.identity.tokens_per_minute
-        if limit is None:
+        if limit is None or not body:  # without a body nothing is to be generated: an answer is fetched, or given up
             self._charge = self._account.admit(0.0, self._clock())
             return
         # An image is many bytes and few tokens: no estimate is to shut a client out for longer than a minute.
