@@ -197,6 +197,18 @@ async def test_a_place_is_given_back_when_the_app_raises(raised: type[BaseExcept
     assert access._accounts["key", "alice"].in_flight == 0
 
 
+async def test_a_refusal_tells_what_is_left_now_that_it_has_taken_nothing() -> None:
+    access = AccessControl(configured({"keys": {"alice": {"hash": hash_key(KEY), "requests_per_minute": 5}}}), resolve)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope[SCOPE_GRANT].admit(b"{}")
+        await send({"type": "http.response.start", "status": 429, "headers": []})  # its queue is full
+        await send({"type": "http.response.body", "body": b""})
+
+    sent = await call(access, app, headers=[(b"x-api-key", KEY.encode())])
+    assert dict(sent[0]["headers"])[b"x-ratelimit-remaining-requests"] == b"5"
+
+
 def test_without_access_in_the_configuration_there_is_no_access_control() -> None:
     assert LLMuxApp({"models": MODELS})._access is None
     LLMuxApp({"models": MODELS}).reload_keys()

@@ -69,7 +69,12 @@ def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def guarded(loop: EventLoop, keys_file: Path, secret_file: Path) -> Iterator[Gateway]:
+def request_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def guarded(loop: EventLoop, keys_file: Path, secret_file: Path, request_log: Path) -> Iterator[Gateway]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(SPANS))
     keys: dict[str, Any] = {name: {"hash": hash_key(key_of(name)), **limits} for name, limits in LIMITS.items()}
@@ -82,7 +87,8 @@ def guarded(loop: EventLoop, keys_file: Path, secret_file: Path) -> Iterator[Gat
         patch.setenv("LLMUX_TEST_SERVERS_KEY", SERVERS_KEY)
         b = {"api_key": {"env": "LLMUX_TEST_SERVERS_KEY"}}
         app = {"tracer_provider": provider}
-        with gateway(loop, access=access, priorities=classes, a={"aliases": ["gpt"]}, b=b, app=app) as running:
+        a = {"aliases": ["gpt"]}
+        with gateway(loop, access=access, priorities=classes, a=a, b=b, app=app, request_log=str(request_log)) as running:
             yield running
 
 
@@ -145,6 +151,7 @@ def test_a_server_gets_its_own_key_with_relayed_and_with_control_calls(served: G
         [("x-api-key", key_of("open")), ("authorization", f"Bearer {key_of('env')}")],
         [("x-api-key", key_of("open")), ("x-api-key", key_of("open"))],
         [("authorization", f"Bearer {key_of('open')}"), ("authorization", f"Bearer {key_of('env')}")],
+        [("authorization", f"Bearer {key_of('open')}"), ("authorization", f"Bearer {key_of('open')}")],
         [("x-api-key", b"\xff\xfe-not-ascii-0123456789")],
     ],
 )
@@ -397,7 +404,7 @@ def test_keys_are_read_again_when_their_file_changes(
 # Secrets
 
 
-def test_no_key_is_in_any_log_span_or_error(served: Gateway, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_key_is_in_any_log_span_or_error(served: Gateway, request_log: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     SPANS.clear()
     served.a.script = None
@@ -412,6 +419,8 @@ def test_no_key_is_in_any_log_span_or_error(served: Gateway, caplog: pytest.LogC
     texts += [record.getMessage() for record in caplog.records if record.name.startswith("llmux")]
     texts += [str(record.exc_info) for record in caplog.records]
     texts += [span.to_json() for span in SPANS.get_finished_spans()]
+    eventually("it is logged", lambda: '"key":"open"' in request_log.read_text())
+    texts += [request_log.read_text()]
     texts += [repr(served.app.config), repr(served.app._proxy._targets)]
     assert any("refused a request from 127.0.0.1" in text for text in texts)
     for secret in (key_of("open"), "987654321", SERVERS_KEY, key_of("env")):
