@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ._estimates import ModelCosts
     from ._lease import Lease
     from ._state import Mode, Phase, SwitcherStatistics
+    from .access import Identity
     from .app import LLMuxApp
     from .backends import (
         Backend,
@@ -24,18 +25,22 @@ if TYPE_CHECKING:
         VLLMBackend,
     )
     from .config import (
+        AccessConfig,
         Config,
         CostsConfig,
         HooksConfig,
+        KeyConfig,
         LimitsConfig,
         MemoryConfig,
         ModelConfig,
         PolicyConfig,
+        SecretConfig,
         TimeoutsConfig,
         json_schema,
         load_config,
     )
     from .exceptions import (
+        AuthenticationError,
         BackendDeadError,
         BackendError,
         BackendStartError,
@@ -47,9 +52,11 @@ if TYPE_CHECKING:
         InterruptedRequestError,
         InvalidRequestError,
         LLMuxError,
+        PermissionDeniedError,
         PolicyError,
         QueueFullError,
         QueueTimeoutError,
+        RateLimitError,
         SwitchError,
         UnknownModelError,
         UpstreamError,
@@ -72,6 +79,8 @@ if TYPE_CHECKING:
     from .upstream import Http1Upstream, HttpxUpstream, Origin, Upstream, UpstreamFault, UpstreamResponse
 
 __all__ = [
+    "AccessConfig",
+    "AuthenticationError",
     "Backend",
     "BackendDeadError",
     "BackendError",
@@ -92,8 +101,10 @@ __all__ = [
     "HooksConfig",
     "Http1Upstream",
     "HttpxUpstream",
+    "Identity",
     "InterruptedRequestError",
     "InvalidRequestError",
+    "KeyConfig",
     "LLMuxApp",
     "LLMuxError",
     "LLMuxMiddleware",
@@ -108,6 +119,7 @@ __all__ = [
     "ModelSwitcher",
     "OllamaBackend",
     "Origin",
+    "PermissionDeniedError",
     "Phase",
     "PolicyConfig",
     "PolicyContext",
@@ -117,7 +129,9 @@ __all__ = [
     "ProbedBackend",
     "QueueFullError",
     "QueueTimeoutError",
+    "RateLimitError",
     "SGLangBackend",
+    "SecretConfig",
     "Stay",
     "StoppableBackend",
     "SwitchContext",
@@ -147,6 +161,7 @@ _HOMES = (
     "_lease",
     "switcher",
     "upstream",
+    "access",
     "middleware",
     "app",
 )

@@ -10,12 +10,15 @@ from typing import TypeVar
 import msgspec
 
 from .exceptions import (
+    AuthenticationError,
     BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
+    PermissionDeniedError,
     QueueFullError,
     QueueTimeoutError,
+    RateLimitError,
     SwitchError,
     UnknownModelError,
     UpstreamError,
@@ -39,6 +42,7 @@ __all__ = [
     "relayed_request_headers",
     "split_events",
     "with_model",
+    "without_credentials",
 ]
 
 Headers = list[tuple[bytes, bytes]]
@@ -81,6 +85,7 @@ PRIORITY_HEADER = b"x-llmux-priority"
 """Request header that names the request's priority class."""
 # Answers are looked into, event by event, so they must come as they are. A priority is the gateway's affair.
 _NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", PRIORITY_HEADER}
+_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"})
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
 
@@ -180,7 +185,11 @@ def describe(exc: LLMuxError) -> ErrorAnswer:
             return error_answer(413, text, "invalid_request_error", "request_too_large")
         case InvalidRequestError():
             return error_answer(400, text, "invalid_request_error", None, param=exc.param)
-        case QueueFullError():
+        case AuthenticationError():
+            return error_answer(401, text, "invalid_request_error", "invalid_api_key")
+        case PermissionDeniedError():
+            return error_answer(403, text, "permission_error", exc.code, param=exc.param)
+        case QueueFullError() | RateLimitError():
             return error_answer(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=exc.retry_after)
         case QueueTimeoutError():
             return error_answer(504, text, "server_error", "model_queue_timeout", retry_after=exc.retry_after)
@@ -202,10 +211,11 @@ def error_event(exc: LLMuxError) -> bytes:
 # Headers
 
 
-def relayed_request_headers(headers: Headers) -> Headers:
+def relayed_request_headers(headers: Headers, authorization: bytes | None = None) -> Headers:
     """Drop what belongs to the client's connection; host and length are set anew for the backend.
 
-    The names are in lower case already, as ASGI has them.
+    The names are in lower case already, as ASGI has them. `authorization` is the backend's own, in place of any credential of
+    the client's.
     """
     kept = [pair for pair in headers if pair[0] not in _NOT_SENT_UP]
     for name, value in headers:
@@ -213,7 +223,15 @@ def relayed_request_headers(headers: Headers) -> Headers:
             named = _tokens(value)
             kept = [pair for pair in kept if pair[0] not in named]
     kept.append((b"accept-encoding", b"identity"))
+    if authorization is not None:
+        kept = without_credentials(kept)
+        kept.append((b"authorization", authorization))
     return kept
+
+
+def without_credentials(headers: Headers) -> Headers:
+    """Drop what may prove to somebody who the client is."""
+    return [pair for pair in headers if pair[0].lower() not in _CREDENTIALS]
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -25,7 +25,7 @@ from ._openai import (
     with_model,
 )
 from ._spawn import Later
-from .config import ModelConfig, TimeoutsConfig
+from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
 from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
@@ -94,6 +94,8 @@ class _Target:
     served_name: str
     timeouts: TimeoutsConfig
     retry: bool
+    authorization: bytes | None = field(repr=False)
+    """The server's own; `None`: the client's is passed on, if there is one."""
 
     @classmethod
     def of(cls, name: str, model: ModelConfig, max_frozen: float) -> _Target:
@@ -102,7 +104,9 @@ class _Target:
         timeouts = model.timeouts
         if timeouts.read is not None:
             timeouts = msgspec.structs.replace(timeouts, read=timeouts.read + max_frozen)
-        return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry)
+        key = read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
+        authorization = f"Bearer {key}".encode("ascii") if key is not None else None
+        return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry, authorization)
 
 
 class _Relay:
@@ -202,7 +206,7 @@ class _Relay:
 
     async def _relay(self, body: bytes) -> None:
         body = with_model(body, self._target.served_name)
-        headers = relayed_request_headers(self._scope["headers"])
+        headers = relayed_request_headers(self._scope["headers"], self._target.authorization)
         inject_headers(headers)
         target = self._target.prefix + self._route.encode("ascii")
         if query := self._scope.get("query_string"):

@@ -1,7 +1,7 @@
 """The request log: one line of JSON for each request that named a known model, written when it is over.
 
     {"time": 1763900000.25, "model": "qwen", "waited": 1.5, "served": 4.0, "status": 200, "stream": true,
-     "priority": null, "frozen": 0.0}
+     "priority": null, "frozen": 0.0, "key": null}
 
 Nothing of a prompt or an answer is in it. `llmux-asgi simulate` reads it.
 """
@@ -39,6 +39,8 @@ class RequestEntry(msgspec.Struct, frozen=True):
     """Its priority class, the model's if it named none; `None`: it has none."""
     frozen: float = 0.0
     """For how much of `served` it was frozen, in all the freezes that were over."""
+    key: str | None = None
+    """The name of the client's key; `None`: there is no access control."""
 
 
 class RequestTimes:
@@ -66,12 +68,15 @@ class RequestTimes:
         """The last byte of the answer is out."""
         self._ended = time.monotonic()
 
-    def entry(self, model: str, status: int, *, priority: str | None = None, frozen: float = 0.0) -> RequestEntry:
+    def entry(
+        self, model: str, status: int, *, priority: str | None = None, frozen: float = 0.0, key: str | None = None
+    ) -> RequestEntry:
         """Sum it up, now that it is over. `frozen` is for how many seconds its last lease was."""
         end = time.monotonic() if self._ended is None else self._ended
         if self._admitted is None:
-            return RequestEntry(self.time, model, end - self._arrived, None, status, self.stream, priority)
-        return RequestEntry(self.time, model, self._waited, end - self._admitted, status, self.stream, priority, frozen)
+            return RequestEntry(self.time, model, end - self._arrived, None, status, self.stream, priority, key=key)
+        served = end - self._admitted
+        return RequestEntry(self.time, model, self._waited, served, status, self.stream, priority, frozen, key)
 
 
 class RequestLog:

@@ -15,6 +15,7 @@ from ._memory import MemoryGauge
 from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
 from ._proxy import Proxy
 from ._spawn import beside
+from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .backends import with_ports
 from .config import ConfigSource, load_config
 from .exceptions import UnknownModelError
@@ -40,7 +41,9 @@ class LLMuxApp:
 
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
     `policy` and `memory` (what reads the GPU) replace those of the configuration.
-    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`.
+    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`. `identify` is
+    the host's own authentication: called with the ASGI scope of each connection, it returns an `Identity`, or `None`; it may
+    be async.
     The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
@@ -56,6 +59,7 @@ class LLMuxApp:
         policy: SwitchPolicy | None = None,
         memory: MemoryGauge | None = None,
         upstream: Upstream | None = None,
+        identify: Identify | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
@@ -70,6 +74,9 @@ class LLMuxApp:
         self._inference = LLMuxMiddleware(
             self._proxy, self.switcher, max_body=self.config.limits.max_body, request_log=self.config.request_log
         )
+        self._access: AccessControl | None = None
+        if self.config.access is not None or identify is not None:
+            self._access = AccessControl(self.config, self.switcher.resolve, identify)
         self._created = int(time.time())
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -78,14 +85,20 @@ class LLMuxApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        match scope["type"]:
-            case "http":
-                await self._serve(scope, receive, send)
-            case "lifespan":
-                await _run_lifespan(self.lifespan, scope, receive, send)
-            case "websocket":
-                await receive()
-                await send({"type": "websocket.close", "code": 1000, "reason": "no websocket is served here"})
+        if scope["type"] == "lifespan":
+            await _run_lifespan(self.lifespan, scope, receive, send)
+        elif self._access is None:
+            await self._serve(scope, receive, send)
+        else:
+            await self._access.serve(self._serve, scope, receive, send)
+
+    def reload_keys(self) -> None:
+        """Read the clients' API keys anew from environment and files. Raises `ConfigError`, and goes on with those it had.
+
+        Files that change are read anew by themselves, within about a second.
+        """
+        if self._access is not None:
+            self._access.reload()
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -121,6 +134,10 @@ class LLMuxApp:
         await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000, "reason": "no websocket is served here"})
+            return
         path, method = route_path(scope), scope["method"]
         if path in INFERENCE_ROUTES:
             if method == "POST":
@@ -129,21 +146,22 @@ class LLMuxApp:
                 await _refuse(send, _not_allowed(method, path), [(b"allow", b"POST")])
         elif path == _MODELS or path.startswith(_MODELS + "/"):
             if method in ("GET", "HEAD"):
-                await self._list_models(path.removeprefix(_MODELS).removeprefix("/"), send)
+                await self._list_models(path.removeprefix(_MODELS).removeprefix("/"), scope.get(SCOPE_GRANT), send)
             else:
                 await _refuse(send, _not_allowed(method, path), [(b"allow", b"GET, HEAD")])
         else:
             message = f"Unknown request URL: {method} {path}. The gateway serves the inference routes of OpenAI's API only."
             await _refuse(send, error_answer(404, message, "invalid_request_error", "unknown_url"))
 
-    async def _list_models(self, name: str, send: Send) -> None:
+    async def _list_models(self, name: str, grant: Grant | None, send: Send) -> None:
         cards = {
             model: {"id": model, "object": "model", "created": self._created, "owned_by": "llmux_asgi"}
             for model in self.switcher.models
+            if grant is None or grant.allows(model)
         }
         if not name:
             await _answer_json(send, {"object": "list", "data": list(cards.values())})
-        elif (model := self.switcher.resolve(name)) is not None:
+        elif (model := self.switcher.resolve(name)) in cards:
             await _answer_json(send, cards[model])
         else:
             await _refuse(send, describe(UnknownModelError(name)))

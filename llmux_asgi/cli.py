@@ -12,6 +12,7 @@ try:
     import msgspec
     import typer
 
+    from .access import hash_key, new_key
     from .config import json_schema
     from .exceptions import LLMuxError
     from .importing import Program
@@ -151,6 +152,16 @@ else:
             run_import(file, program, output, as_json=json)
         except LLMuxError as error:
             _fail(f"import: {error}", 2)
+
+    @app.command("hash-key")
+    def hash_one(
+        stdin: Annotated[bool, typer.Option("--stdin", help="Hash the key that standard input holds, make none.")] = False,
+    ) -> None:
+        """Make a random API key and its hash: the key is for the client, the hash for the gateway's configuration."""
+        key = sys.stdin.read().strip() if stdin else new_key()
+        if not stdin:
+            sys.stdout.write(f"key:  {key}\n")
+        sys.stdout.write(f"hash: {hash_key(key)}\n")
 
     @app.command()
     def schema() -> None:

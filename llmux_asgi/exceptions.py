@@ -5,6 +5,9 @@
     ├── PolicyError                 a switch policy broke its contract
     ├── InvalidRequestError         the request names no model, or is not JSON
     │   └── BodyTooLargeError       the request's body exceeds the limit
+    ├── AuthenticationError         no valid credential came with the request
+    ├── PermissionDeniedError       the client's key does not allow what it asks for
+    ├── RateLimitError              the client's key has used up what it may
     ├── UnknownModelError           no model of that name or alias is configured
     ├── QueueFullError              too many requests wait already
     ├── QueueTimeoutError           the model did not become active within `request_timeout`
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
 
 __all__ = [
+    "AuthenticationError",
     "BackendDeadError",
     "BackendError",
     "BackendStartError",
@@ -40,9 +44,11 @@ __all__ = [
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxError",
+    "PermissionDeniedError",
     "PolicyError",
     "QueueFullError",
     "QueueTimeoutError",
+    "RateLimitError",
     "SwitchError",
     "UnknownModelError",
     "UpstreamError",
@@ -75,6 +81,28 @@ class BodyTooLargeError(InvalidRequestError):
     def __init__(self, limit: int) -> None:
         super().__init__(f"The request body is larger than the limit of {limit} bytes.")
         self.limit = limit
+
+
+class AuthenticationError(LLMuxError):
+    """The request brought no valid credential. The message never holds what it brought."""
+
+
+class PermissionDeniedError(LLMuxError):
+    """The client's key does not allow what the request asks for. `param` is the field or header that asks for it."""
+
+    def __init__(self, message: str, *, code: str, param: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class RateLimitError(LLMuxError):
+    """The client's key has used up a limit. `retry_after`: in how many seconds it has something again."""
+
+    def __init__(self, key: str, limit: str, *, retry_after: float) -> None:
+        super().__init__(f"The key {key!r} has reached its limit of {limit}. Send the request again later.")
+        self.key = key
+        self.retry_after = retry_after
 
 
 class UnknownModelError(LLMuxError):

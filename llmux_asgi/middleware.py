@@ -16,18 +16,31 @@ from ._lease import Lease
 from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
 from ._request_log import RequestLog, RequestTimes
+from .access import SCOPE_GRANT, Grant
 from .exceptions import (
     BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
+    PermissionDeniedError,
     PolicyError,
+    RateLimitError,
     SwitchError,
     UnknownModelError,
     UpstreamError,
 )
 from .switcher import ModelSwitcher
 from .telemetry import failed
+
+_TOLD_ELSEWHERE = (
+    # A failed switch is logged once, by the switcher; a request that is bad, or not allowed, is the client's affair.
+    InvalidRequestError,
+    UnknownModelError,
+    PermissionDeniedError,
+    RateLimitError,
+    SwitchError,
+    PolicyError,
+)
 
 __all__ = ["MODEL_HEADER", "LLMuxMiddleware", "route_path"]
 
@@ -98,6 +111,8 @@ class _Responder:
         self._lease: Lease | None = None
         self._status = 0
         self._times = RequestTimes()
+        self._grant: Grant | None = scope.get(SCOPE_GRANT)
+        """What the client may do; `None`: there is no access control."""
 
     async def run(self) -> None:
         model = ""
@@ -106,13 +121,21 @@ class _Responder:
             if self._disconnected:
                 return
             self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named)
+            if self._grant is not None:
+                self._span.set_attribute(names.ENDUSER_ID, self._grant.identity.name)
+                self._grant.require(named)
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
                 self._times.arrived()
-                self._priority = self._switcher.priority(model, self._header(PRIORITY_HEADER))
+                asked = self._header(PRIORITY_HEADER)
+                if self._grant is not None:
+                    asked = self._grant.priority(asked)
+                self._priority = self._switcher.priority(model, asked)
                 if self._priority is not None:
                     self._span.set_attribute(names.PRIORITY, self._priority)
+                if self._grant is not None:
+                    self._grant.admit(self._body or b"")
                 await self._answer(model)
             elif self._middleware.unknown == "pass":
                 await self._middleware.app(self._scope, self._replay, self._watch_answer)
@@ -124,15 +147,16 @@ class _Responder:
             failed(self._span, exc)
             if isinstance(exc, SwitchError) and exc.switch is not None:
                 self._span.add_link(exc.switch)
-            if not isinstance(exc, (InvalidRequestError, UnknownModelError, SwitchError, PolicyError)):
-                logger.warning("%s", exc)  # a failed switch is logged once, by the switcher; a bad request is the client's
+            if not isinstance(exc, _TOLD_ELSEWHERE):
+                logger.warning("%s", exc)
             await self._refuse(exc)
         finally:
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
                 frozen = self._lease.frozen_time if self._lease is not None else 0.0
-                entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen)
+                key = self._grant.identity.name if self._grant is not None else None
+                entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen, key=key)
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
@@ -158,6 +182,8 @@ class _Responder:
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
+            if self._grant is not None:
+                self._grant.reach()
             scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route, SCOPE_LAST_TRY: last}
             await self._middleware.app(scope, self._replay, self._watch_answer)
         finally:

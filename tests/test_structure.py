@@ -22,7 +22,7 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config._models", "_estimates"],
+    ["exceptions", "config._values", "config._access", "config._models", "_estimates"],
     ["config._load"],
     ["config"],
     ["policy._vocabulary"],
@@ -49,6 +49,13 @@ LAYERS = [
         "_memory",
         "backends._protocol",
         "backends._http",
+        "access._identity",
+        "access._limits",
+        "access._usage",
+        "access._credentials",
+        "access._keys",
+        "access._control",
+        "access",
     ],
     [
         "backends.vllm",
@@ -68,8 +75,21 @@ LAYERS = [
     ["sim", "simulate", "importing", "cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_models", "config/_load"]
-PURE = ["exceptions", *CONFIG, *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_openai", "_backoff"]
+CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_models", "config/_load"]
+ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
+PURE = [
+    "exceptions",
+    *CONFIG,
+    *ACCESS,
+    *POLICIES,
+    "_estimates",
+    "_queue",
+    "_state",
+    "_admission",
+    "_forecast",
+    "_openai",
+    "_backoff",
+]
 
 
 def module_of(path: Path) -> str:

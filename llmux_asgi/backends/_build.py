@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, read_secret
 from ._protocol import Backend
 from .hooks import HooksBackend
 from .llamacpp import LlamaCppBackend
@@ -39,9 +39,11 @@ def with_ports(config: Config) -> Config:
 
 def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: bool = False) -> Backend:
     """Return the backend of one model. Its port must be chosen. `freezes`: its requests have to survive its sleep."""
-    server = _control(name, model, sleep_level, freezes)
+    key = read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
+    server = _control(name, model, sleep_level, freezes, key)
     if model.probe != "none":
-        server = ProbedBackend(server, model.address, model.served_name or name, model.probe, timeouts=model.timeouts)
+        inside = model.served_name or name
+        server = ProbedBackend(server, model.address, inside, model.probe, timeouts=model.timeouts, api_key=key)
     if model.command is None:
         return server
     command, env = model.command, model.env
@@ -52,19 +54,19 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: b
     return ManagedBackend(name, server, model.address, command, env=env, cwd=model.cwd, timeouts=model.timeouts)
 
 
-def _control(name: str, model: ModelConfig, sleep_level: int, freezes: bool) -> Backend:
+def _control(name: str, model: ModelConfig, sleep_level: int, freezes: bool, key: str | None) -> Backend:
     """What speaks to the server."""
     if model.hooks is not None:
         return HooksBackend(name, model.address, model.hooks, model.timeouts)
     inside = model.served_name or name
     match model.server:
         case "vllm":
-            return VLLMBackend(model.address, sleep_level=sleep_level, freezes=freezes, timeouts=model.timeouts)
+            return VLLMBackend(model.address, sleep_level=sleep_level, freezes=freezes, timeouts=model.timeouts, api_key=key)
         case "sglang":
-            return SGLangBackend(model.address, timeouts=model.timeouts)
+            return SGLangBackend(model.address, timeouts=model.timeouts, api_key=key)
         case "llama.cpp":
-            return LlamaCppBackend(model.address, inside, timeouts=model.timeouts)
+            return LlamaCppBackend(model.address, inside, timeouts=model.timeouts, api_key=key)
         case "ollama":
-            return OllamaBackend(model.address, inside, timeouts=model.timeouts)
+            return OllamaBackend(model.address, inside, timeouts=model.timeouts, api_key=key)
         case _:
             assert_never(model.server)

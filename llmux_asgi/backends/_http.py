@@ -20,12 +20,16 @@ POLL_FIRST, POLL_LONGEST = 0.001, 0.1
 
 
 class ControlClient:
-    """Sends control calls to the server at `url`. `hint` completes the error for a route that does not exist."""
+    """Sends control calls to the server at `url`, with its `api_key` if it has one.
 
-    def __init__(self, url: str, timeouts: TimeoutsConfig, *, hint: str) -> None:
+    `hint` completes the error for a route that does not exist.
+    """
+
+    def __init__(self, url: str, timeouts: TimeoutsConfig, *, hint: str, api_key: str | None = None) -> None:
         self.url = url
         self._timeouts = timeouts
         self._hint = hint
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
         self._client: httpx.AsyncClient | None = None
 
     async def aclose(self) -> None:
@@ -69,7 +73,7 @@ class ControlClient:
         timeouts = httpx.Timeout(None, connect=self._timeouts.connect)
         call = f"{method} {path}"
         content = b"" if json is None else msgspec.json.encode(json)
-        body, headers = Body(content), {"content-length": str(len(content))}
+        body, headers = Body(content), {"content-length": str(len(content)), **self._headers}
         if content:
             headers["content-type"] = "application/json"
         try:

@@ -41,11 +41,11 @@ class _Models(msgspec.Struct):
 class LlamaCppBackend:
     """Loads and unloads `model` in the router at `url` (its root, without `/v1`). Sleep levels make no difference."""
 
-    def __init__(self, url: str, model: str, *, timeouts: TimeoutsConfig | None = None) -> None:
+    def __init__(self, url: str, model: str, *, timeouts: TimeoutsConfig | None = None, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(self.url, self._timeouts, hint=_HINT)
+        self._client = ControlClient(self.url, self._timeouts, hint=_HINT, api_key=api_key)
 
     def __str__(self) -> str:
         return f"{self.url} ({self.model})"

@@ -17,6 +17,7 @@ from ._protocol import BackendState
 __all__ = ["OllamaBackend"]
 
 _FOREVER, _NO_TIME = -1, 0
+_HINT = "Is it an Ollama of version 0.1.38 or later?"
 
 
 class _Running(msgspec.Struct):
@@ -31,11 +32,11 @@ class _Processes(msgspec.Struct):
 class OllamaBackend:
     """Loads and unloads `model` in the Ollama at `url` (its root, without `/v1`). Sleep levels make no difference."""
 
-    def __init__(self, url: str, model: str, *, timeouts: TimeoutsConfig | None = None) -> None:
+    def __init__(self, url: str, model: str, *, timeouts: TimeoutsConfig | None = None, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.model = model
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(self.url, self._timeouts, hint="Is it an Ollama of version 0.1.38 or later?")
+        self._client = ControlClient(self.url, self._timeouts, hint=_HINT, api_key=api_key)
         self._loading = False
         """A load was sent whose end is not known. It is in no list before its process runs."""
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _PROMPT = "1 2 3 4 5 6 7 8"
 _FINGERPRINT_TOKENS = 16
+_HINT = "A probe needs a model that serves /v1/completions."
 
 
 class _Choice(msgspec.Struct):
@@ -44,12 +45,13 @@ class ProbedBackend:
         kind: Literal["token", "fingerprint"],
         *,
         timeouts: TimeoutsConfig | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._server = server
         self._served_name = served_name
         self._kind = kind
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(url, self._timeouts, hint="A probe needs a model that serves /v1/completions.")
+        self._client = ControlClient(url, self._timeouts, hint=_HINT, api_key=api_key)
         self._fingerprint: str | None = None
 
     def __str__(self) -> str:

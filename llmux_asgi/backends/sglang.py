@@ -56,10 +56,10 @@ class SGLangBackend:
     they are read from disk again at each wake. Nothing but this backend may release or resume the server's memory.
     """
 
-    def __init__(self, url: str, *, timeouts: TimeoutsConfig | None = None) -> None:
+    def __init__(self, url: str, *, timeouts: TimeoutsConfig | None = None, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(self.url, self._timeouts, hint=_HINT)
+        self._client = ControlClient(self.url, self._timeouts, hint=_HINT, api_key=api_key)
         self._info: _ServerInfo | None = None
         self._half_woken = False
         """This object has left it without its weights."""

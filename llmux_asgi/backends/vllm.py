@@ -73,13 +73,19 @@ class VLLMBackend:
     """
 
     def __init__(
-        self, url: str, *, sleep_level: int = 1, freezes: bool = False, timeouts: TimeoutsConfig | None = None
+        self,
+        url: str,
+        *,
+        sleep_level: int = 1,
+        freezes: bool = False,
+        timeouts: TimeoutsConfig | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._default_level = sleep_level
         self._freezes = freezes
         self._timeouts = timeouts or TimeoutsConfig()
-        self._client = ControlClient(self.url, self._timeouts, hint=_HINT)
+        self._client = ControlClient(self.url, self._timeouts, hint=_HINT, api_key=api_key)
         self._version: _Version | None = None
         self._level: int | None = None
         self._half_woken = False

@@ -18,7 +18,8 @@ All durations are in seconds, all sizes in bytes. Unknown keys are errors.
 
 from __future__ import annotations
 
-from ._load import ConfigSource, json_schema, load_config
+from ._access import AccessConfig, KeyConfig, SecretConfig, is_hash, is_token, read_secret
+from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._models import (
     POLICY_PARAMETERS,
     Config,
@@ -35,17 +36,24 @@ from ._models import (
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "AccessConfig",
     "Config",
     "ConfigSource",
     "CostsConfig",
     "DrainMode",
     "HooksConfig",
+    "KeyConfig",
     "LimitsConfig",
     "MemoryConfig",
     "ModelConfig",
     "PolicyConfig",
     "PolicyName",
+    "SecretConfig",
     "TimeoutsConfig",
+    "is_hash",
+    "is_token",
     "json_schema",
     "load_config",
+    "load_keys",
+    "read_secret",
 ]

@@ -12,9 +12,10 @@ from typing import Any, TypeAlias, TypeVar, get_args
 import msgspec
 
 from ..exceptions import ConfigError
+from ._access import AccessConfig, KeyConfig
 from ._models import Config, DrainMode, MemoryCheckKind, ModelConfig, PolicyName, ProbeKind, ServerKind, SleepLevel
 
-__all__ = ["ConfigSource", "json_schema", "load_config"]
+__all__ = ["ConfigSource", "json_schema", "load_config", "load_keys"]
 
 _T = TypeVar("_T")
 
@@ -38,6 +39,19 @@ def load_config(source: ConfigSource) -> Config:
         raise ConfigError(f"{path}: {exc}") from None
     except OSError as exc:
         raise ConfigError(f"{path.absolute()}: {exc.strerror or exc}") from exc
+
+
+def load_keys(path: Path, config: Config) -> dict[str, KeyConfig]:
+    """Read a file of clients' keys (`access.keys_file`) for a gateway of this configuration. Raises `ConfigError`."""
+    try:
+        keys = _keys(_parser(path)(path.read_bytes()), "$")
+        for name, key in keys.items():
+            config.check_key(name, key)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}") from None
+    except OSError as exc:
+        raise ConfigError(f"{path.absolute()}: {exc.strerror or exc}") from exc
+    return keys
 
 
 def json_schema() -> dict[str, Any]:
@@ -109,7 +123,18 @@ def _build(raw: Any) -> Config:
                 raise ConfigError(f"$.models.{name}: a model's name is a text: write it in quotes")
         built = {name: _convert(model, ModelConfig, f"$.models.{name}") for name, model in models.items()}
         raw = {**raw, "models": built}
+        if isinstance(access := raw.get("access"), Mapping) and isinstance(access.get("keys"), Mapping):
+            raw["access"] = _convert({**access, "keys": _keys(access["keys"], "$.access.keys")}, AccessConfig, "$.access")
     return _convert(raw, Config, "$")
+
+
+def _keys(raw: Any, where: str) -> dict[str, KeyConfig]:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: expected keys by name")
+    for name in raw:
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"{where}.{name}: a key's name is a text: write it in quotes")
+    return {name: _convert(key, KeyConfig, f"{where}.{name}") for name, key in raw.items()}
 
 
 _ALLOWED = {

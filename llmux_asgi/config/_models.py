@@ -10,7 +10,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from ..exceptions import ConfigError
+from ._access import AccessConfig, KeyConfig, SecretConfig
+from ._values import Name as _Name
+from ._values import PositiveInt, PositiveSeconds, Seconds
+from ._values import ValueConfigError as _ValueConfigError
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -30,16 +33,11 @@ __all__ = [
     "TimeoutsConfig",
 ]
 
-# A finite number: a year is as good as for ever.
-Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=31_536_000)]
-PositiveInt: TypeAlias = Annotated[int, Meta(gt=0)]
-PositiveSeconds: TypeAlias = Annotated[float, Meta(gt=0, le=31_536_000)]
 SleepLevel: TypeAlias = Literal[1, 2, 3]
 ProbeKind: TypeAlias = Literal["none", "token", "fingerprint"]
 MemoryCheckKind: TypeAlias = Literal["none", "nvml"]
 ServerKind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama"]
 PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
-_Name: TypeAlias = Annotated[str, Meta(min_length=1)]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 
 DrainMode: TypeAlias = Literal["wait", "preempt", "abort"]
@@ -54,13 +52,6 @@ POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
 
 _ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
 """Kinds of servers of which one serves several models."""
-
-
-class _ValueConfigError(ConfigError, ValueError):
-    """A value that has the right type and is still wrong. A `ValueError` too, so that msgspec adds the path around it."""
-
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(f"$.{where}: {message}")
 
 
 class TimeoutsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -128,6 +119,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ProbeKind,
         Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
     ] = "none"
+    api_key: Annotated[
+        SecretConfig | None,
+        Meta(description="The server's API key, sent in place of the client's credentials; null: it gets those."),
+    ] = None
     timeouts: TimeoutsConfig = msgspec.field(default_factory=TimeoutsConfig)
     costs: CostsConfig = msgspec.field(default_factory=CostsConfig)
     priority: Annotated[_Name | None, Meta(description="Class of requests that name none; null: none.")] = None
@@ -289,6 +284,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     policy: PolicyConfig = msgspec.field(default_factory=PolicyConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
+    access: Annotated[AccessConfig | None, Meta(description="Who may use the gateway; null: everybody who reaches it.")] = None
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
     ] = None
@@ -300,6 +296,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.priority is not None and model.priority not in self.priorities:
                 known = f"one of {', '.join(self.priorities)}" if self.priorities else "none, for there are no priorities"
                 raise _ValueConfigError(f"models.{name}.priority", f"{model.priority!r} must be {known}")
+        for name, key in self.access.keys.items() if self.access is not None else ():
+            self.check_key(f"access.keys.{name}", key)
         servers: dict[tuple[str, str], str] = {}
         for name, model in self.models.items():
             if model.url is None:
@@ -321,6 +319,16 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for index, alias in enumerate(model.aliases):
                 if (owner := owners.setdefault(alias, name)) != name or alias == name:
                     raise _ValueConfigError(f"models.{name}.aliases[{index}]", f"{alias!r} already names the model {owner!r}")
+
+    def check_key(self, where: str, key: KeyConfig) -> None:
+        """Raise `ConfigError` if a client's key speaks of models or classes that there are not."""
+        known = {*self.models, *self.aliases, "*"}
+        for index, model in enumerate(key.models):
+            if model not in known:
+                raise _ValueConfigError(f"{where}.models[{index}]", f"{model!r} is no model, no alias and not '*'")
+        if key.priority is not None and key.priority not in self.priorities:
+            classes = f"one of {', '.join(self.priorities)}" if self.priorities else "none, for there are no priorities"
+            raise _ValueConfigError(f"{where}.priority", f"{key.priority!r} must be {classes}")
 
     def _require_freezing(self, name: str, model: ModelConfig) -> None:
         """Refuse a model whose requests cannot be frozen, as far as that can be told without its server."""

@@ -124,6 +124,9 @@ def configuration_keys() -> dict[str, str]:
         "LimitsConfig": "limits.",
         "HooksConfig": "models.NAME.hooks.",
         "MemoryConfig": "memory.",
+        "AccessConfig": "access.",
+        "KeyConfig": "access.keys.NAME.",
+        "SecretConfig": "models.NAME.api_key.",
     }
     structs = json_schema()["$defs"]
     assert structs.keys() == prefixes.keys()
@@ -157,7 +160,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
 def test_the_short_table_of_the_readme_leaves_no_key_out() -> None:
     documented = {row[0].strip("`"): row[2] for row in rows(README) if row[0].startswith("`")}
     keys = set(configuration_keys()) - {"models"}
-    assert set(documented) <= keys | {"models.NAME.timeouts", "models.NAME.costs"}
+    assert set(documented) <= keys | {"models.NAME.timeouts", "models.NAME.costs", "access.keys.NAME"}
 
     def is_told(key: str) -> bool:
         """Whether it has a row of its own, or is named in one of its section's."""
@@ -174,6 +177,9 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
         exceptions.PolicyError: exceptions.PolicyError("why"),
         exceptions.InvalidRequestError: exceptions.InvalidRequestError("why"),
         exceptions.BodyTooLargeError: exceptions.BodyTooLargeError(1),
+        exceptions.AuthenticationError: exceptions.AuthenticationError("why"),
+        exceptions.PermissionDeniedError: exceptions.PermissionDeniedError("why", code="model_not_allowed", param="model"),
+        exceptions.RateLimitError: exceptions.RateLimitError("k", "why", retry_after=1.0),
         exceptions.UnknownModelError: exceptions.UnknownModelError("m"),
         exceptions.QueueFullError: exceptions.QueueFullError("m", "why"),
         exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
@@ -185,6 +191,7 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
     internal = {"LLMuxError", "ConfigError", *(name for name in exceptions.__all__ if name.startswith("Backend"))}
     assert {kind.__name__ for kind in made} == set(exceptions.__all__) - internal
     expected = {("404", "unknown_url"): False, ("405", "method_not_allowed"): False}
+    expected["403", "priority_not_allowed"] = False  # told by the same class as the model
     for error in made.values():
         answer = describe(error)
         code = json.loads(answer.body)["error"]["code"]

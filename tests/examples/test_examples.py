@@ -18,11 +18,26 @@ import msgspec
 import openai
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
-from llmux_asgi import Defer, PolicyContext, SwitchNow, json_schema, load_config
+from llmux_asgi import Defer, LLMuxApp, PolicyContext, SwitchNow, json_schema, load_config
+from llmux_asgi.access import hash_key, new_key
 from llmux_asgi.sim import GpuLedger, SimProcess
 
-from .hosting import EXAMPLES, LIMIT, ROOT, ask, ask_streaming, check_both_models, client, load_example, load_module, serving
+from .hosting import (
+    EXAMPLES,
+    LIMIT,
+    ROOT,
+    ask,
+    ask_streaming,
+    check_both_models,
+    client,
+    load_example,
+    load_module,
+    pointed,
+    serving,
+)
 
 
 @pytest.mark.parametrize("name", ["starlette_app", "fastapi_app", "litestar_app"])
@@ -43,6 +58,45 @@ def test_the_middleware_switches_around_a_gateway_that_forwards_by_itself(tmp_pa
             ask(gateway, "gpt-5")
         assert httpx.get(f"{url}/health", trust_env=False, timeout=LIMIT).text == "ok"
     assert example.switcher.statistics().switches >= 3
+
+
+def test_keys_are_taken_from_everywhere_that_the_example_names(
+    tmp_path: Path, sims: list[SimProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {name: new_key() for name in ("reports", "website", "other")}
+    monkeypatch.setenv("REPORTS_KEY", made["reports"])
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-server")
+    Path("website-keys").write_text(made["website"])
+    Path("keys.yaml").write_text(f"other: {{hash: '{hash_key(made['other'])}', models: [llama]}}")
+    Path("access.yaml").write_text(pointed((EXAMPLES / "access.yaml").read_text(), sims))
+    llm = LLMuxApp("access.yaml")
+    host = Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan)
+    with serving(host) as url, client(f"{url}/llm") as stranger:
+        for name, listed in (("reports", ["qwen"]), ("website", ["llama", "qwen"]), ("other", ["llama"])):
+            gateway = stranger.with_options(api_key=made[name])
+            assert sorted(card.id for card in gateway.models.list()) == listed
+            assert ask(gateway, listed[0])
+        with pytest.raises(openai.PermissionDeniedError):
+            ask(gateway, "qwen")
+        with pytest.raises(openai.AuthenticationError):
+            ask(stranger, "llama")
+        answer = stranger.with_options(api_key=made["reports"]).models.with_raw_response.list()
+        assert answer.headers["x-ratelimit-limit-tokens"] == "100000"
+        assert int(answer.headers["x-ratelimit-remaining-tokens"]) in range(99_900, 100_001)
+
+
+@pytest.mark.parametrize("name", ["access_starlette", "access_fastapi"])
+def test_the_hosts_users_are_the_gateways_clients(name: str, tmp_path: Path, sims: list[SimProcess]) -> None:
+    example = load_example(name, tmp_path, sims)
+    with serving(example.app) as url, client(f"{url}/llm") as stranger:
+        staff = stranger.with_options(api_key=example.TOKEN)
+        assert [card.id for card in staff.models.list()] == ["qwen"]
+        assert ask(staff, "qwen")
+        with pytest.raises(openai.PermissionDeniedError):
+            ask(staff, "llama")
+        with pytest.raises((openai.AuthenticationError, openai.PermissionDeniedError)):
+            ask(stranger, "qwen")
 
 
 def test_the_policy_of_ones_own_defers_only_while_the_awake_model_is_busy(tmp_path: Path, sims: list[SimProcess]) -> None:
@@ -111,7 +165,7 @@ def test_jaeger_listens_on_loopback_where_the_exporter_sends_to() -> None:
 
 
 def test_the_commented_configuration_names_every_key() -> None:
-    paths = EXAMPLES / "llmux.yaml", EXAMPLES / "managed.yaml"
+    paths = EXAMPLES / "llmux.yaml", EXAMPLES / "managed.yaml", EXAMPLES / "access.yaml"
     assert load_config(paths[0]).aliases == {"gpt-4o": "qwen"}
     assert [name for name, model in load_config(paths[1]).models.items() if model.command] == ["qwen", "llama"]
     text = "".join(path.read_text() for path in paths)

@@ -35,7 +35,7 @@ class Gateway:
 
 @contextmanager
 def gateway(loop: EventLoop, **config: Any) -> Iterator[Gateway]:
-    """Serve a gateway at /llm. `config` goes into the configuration; `a` and `b` add to the models."""
+    """Serve a gateway at /llm. `config` goes into the configuration; `a` and `b` add to the models, `app` are arguments."""
     with ExitStack() as stack:
         a, b = ScriptedServer(), ScriptedServer(asleep=True)
         models = {
@@ -43,7 +43,8 @@ def gateway(loop: EventLoop, **config: Any) -> Iterator[Gateway]:
             "b": {"url": stack.enter_context(serve(b)), **config.pop("b", {})},
         }
         policy = {"name": "fifo", "min_active_duration": 0, **config.pop("policy", {})}
-        llm = LLMuxApp({"models": models, "policy": policy, **config})
+        arguments = config.pop("app", {})
+        llm = LLMuxApp({"models": models, "policy": policy, **config}, **arguments)
         host = Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan)
         url = stack.enter_context(serve(host, loop)) + "/llm"
         client = stack.enter_context(httpx.Client(base_url=url, timeout=10))

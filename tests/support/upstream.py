@@ -53,6 +53,7 @@ class ScriptedServer:
     asleep: bool = False
     requests: list[Exchange] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
+    control_headers: list[list[tuple[bytes, bytes]]] = field(default_factory=list)
     version: str = "0.32.0"
     openapi: bytes = b'{"paths":{"/sleep":{"post":{"parameters":[{"name":"mode","schema":{"enum":["abort","keep"]}}]}}}}'
 
@@ -68,6 +69,7 @@ class ScriptedServer:
         path = scope["path"]
         if path in ("/version", "/is_sleeping", "/sleep", "/wake_up"):
             self.controls.append(path)
+            self.control_headers.append(scope["headers"])
             self.asleep = {"/sleep": True, "/wake_up": False}.get(path, self.asleep)
             answer = {"version": self.version, "is_sleeping": self.asleep}
             await send({"type": "http.response.start", "status": 200, "headers": []})

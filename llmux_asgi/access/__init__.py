@@ -1,0 +1,9 @@
+"""Access control: API keys or the host's own authentication, and what each client may use. Off unless configured."""
+
+from __future__ import annotations
+
+from ._control import SCOPE_GRANT, AccessControl, Grant, Identify
+from ._identity import Identity
+from ._keys import hash_key, new_key
+
+__all__ = ["SCOPE_GRANT", "AccessControl", "Grant", "Identify", "Identity", "hash_key", "new_key"]

@@ -1,0 +1,433 @@
+"""API keys and their limits as a client sees them, over real sockets. One gateway a loop: each test has a key of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from llmux_asgi import ConfigError
+from llmux_asgi.access import hash_key
+from tests.gateway.conftest import Gateway, gateway
+from tests.gateway.scripts import counts_come_back_to_zero, echo
+from tests.gateway.test_app import error
+from tests.support.eventually import eventually
+from tests.support.serve import EventLoop
+from tests.support.upstream import Exchange, wait_for
+
+SERVERS_KEY = "the-servers-own-key"
+SPANS = InMemorySpanExporter()
+
+
+def key_of(name: str) -> str:
+    return f"llmux-{name}-0123456789"
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key_of(name)}"}
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "open": {},
+    "only-a": {"models": ["gpt"]},
+    "three": {"requests_per_minute": 3},
+    "tokens": {"tokens_per_minute": 100},
+    "stream": {"tokens_per_minute": 1000},
+    "events": {"tokens_per_minute": 1000},
+    "failed": {"tokens_per_minute": 1000, "requests_per_minute": 10},
+    "one": {"max_concurrent": 1},
+    "leaver": {"max_concurrent": 1},
+    "queuer": {"max_concurrent": 1, "requests_per_minute": 5, "tokens_per_minute": 1000},
+    "batch": {"priority": "batch"},
+    "urgent": {"priority": "urgent"},
+}
+
+
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    path.write_text(f"filed: {{hash: '{hash_key(key_of('filed'))}'}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("secrets") / "key"
+    path.write_text(f"{key_of('old')}\n{hash_key(key_of('new'))}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def request_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("logs") / "requests.jsonl"
+
+
+@pytest.fixture(scope="module")
+def guarded(loop: EventLoop, keys_file: Path, secret_file: Path, request_log: Path) -> Iterator[Gateway]:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(SPANS))
+    keys: dict[str, Any] = {name: {"hash": hash_key(key_of(name)), **limits} for name, limits in LIMITS.items()}
+    keys["env"] = {"env": "LLMUX_TEST_KEY"}
+    keys["rotated"] = {"file": str(secret_file)}
+    access = {"keys": keys, "keys_file": str(keys_file)}
+    classes = {"urgent": 30, "batch": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMUX_TEST_KEY", key_of("env"))
+        patch.setenv("LLMUX_TEST_SERVERS_KEY", SERVERS_KEY)
+        b = {"api_key": {"env": "LLMUX_TEST_SERVERS_KEY"}}
+        app = {"tracer_provider": provider}
+        a = {"aliases": ["gpt"]}
+        with gateway(loop, access=access, priorities=classes, a=a, b=b, app=app, request_log=str(request_log)) as running:
+            yield running
+
+
+@pytest.fixture
+def served(guarded: Gateway) -> Gateway:
+    for server, asleep in ((guarded.a, False), (guarded.b, True)):
+        server.script = echo
+        server.asleep = asleep
+        server.requests.clear()
+        server.controls.clear()
+        server.control_headers.clear()
+    guarded.app.switcher.distrust()
+    return guarded
+
+
+def ask(served: Gateway, headers: Any, model: str = "a", **fields: Any) -> httpx.Response:
+    return served.client.post("/v1/completions", json={"model": model, **fields}, headers=headers)
+
+
+def left(response: httpx.Response, kind: str = "requests") -> int:
+    return int(response.headers[f"x-ratelimit-remaining-{kind}"])
+
+
+# Who is it
+
+
+@pytest.mark.parametrize("name", ["open", "env", "old", "new", "filed"])
+@pytest.mark.parametrize("form", ["Authorization", "x-api-key", "both"])
+def test_a_key_is_taken_from_either_header_and_no_credential_reaches_a_server(served: Gateway, name: str, form: str) -> None:
+    headers = {"Cookie": "session=1", "api-key": "azure", "x-other": "1"}
+    if form != "x-api-key":
+        headers["Authorization"] = f"bearer {key_of(name)}"
+    if form != "Authorization":
+        headers["X-API-Key"] = key_of(name)
+    assert ask(served, headers).status_code == 200
+    got = dict(served.a.requests[-1].headers)
+    assert b"x-other" in got
+    assert not got.keys() & {b"authorization", b"x-api-key", b"api-key", b"cookie"}
+    assert key_of(name).encode() not in b"".join(got.values())
+
+
+def test_a_server_gets_its_own_key_with_relayed_and_with_control_calls(served: Gateway) -> None:
+    assert ask(served, bearer("open"), "b").status_code == 200
+    own = (b"authorization", f"Bearer {SERVERS_KEY}".encode())
+    assert [pair for pair in served.b.requests[-1].headers if pair[0] == b"authorization"] == [own]
+    assert served.b.control_headers
+    assert all(own in headers for headers in served.b.control_headers)
+    assert all(b"authorization" not in dict(headers) for headers in served.a.control_headers)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("authorization", "Bearer")],
+        [("authorization", "Bearer nobody's-key-0123456789")],
+        [("authorization", key_of("open"))],
+        [("authorization", f"Basic {key_of('open')}")],
+        [("x-api-key", hash_key(key_of("open")))],
+        [("x-api-key", key_of("open")), ("authorization", f"Bearer {key_of('env')}")],
+        [("x-api-key", key_of("open")), ("x-api-key", key_of("open"))],
+        [("authorization", f"Bearer {key_of('open')}"), ("authorization", f"Bearer {key_of('env')}")],
+        [("authorization", f"Bearer {key_of('open')}"), ("authorization", f"Bearer {key_of('open')}")],
+        [("x-api-key", b"\xff\xfe-not-ascii-0123456789")],
+    ],
+)
+def test_who_has_no_valid_key_is_refused(served: Gateway, headers: list[tuple[str, str]]) -> None:
+    for response in (
+        served.client.post("/v1/completions", json={"model": "a"}, headers=headers),
+        served.client.get("/v1/models", headers=headers),
+        served.client.post("/nowhere", headers=headers),
+    ):
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        told = error(response)
+        assert (told["type"], told["code"]) == ("invalid_request_error", "invalid_api_key")
+        assert "0123456789" not in response.text
+        assert not any(name.startswith("x-ratelimit") for name in response.headers)
+    assert served.a.requests == []
+    assert served.a.controls == []
+
+
+def test_a_stranger_is_refused_before_the_body_is_sent(served: Gateway) -> None:
+    # The headers announce more than is sent: an answer that comes all the same has not waited for it.
+    request = b"POST /llm/v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+    url = httpx.URL(served.url)
+    with socket.create_connection((url.host, url.port), timeout=5) as connection:
+        connection.sendall(request)
+        assert b" 401 " in connection.recv(65536)
+
+
+# What may it use
+
+
+def test_a_key_for_some_models_learns_nothing_of_the_others(served: Gateway) -> None:
+    assert ask(served, bearer("only-a"), "a").status_code == 200
+    assert ask(served, bearer("only-a"), "gpt").status_code == 200
+    answers = [ask(served, bearer("only-a"), model) for model in ("b", "c")]
+    for model, response in zip("bc", answers, strict=True):
+        assert response.status_code == 403
+        told = error(response)
+        assert (told["type"], told["code"], told["param"]) == ("permission_error", "model_not_allowed", "model")
+        assert f"may not use the model '{model}'" in told["message"]
+    assert answers[0].text.replace("'b'", "'c'") == answers[1].text
+    assert ask(served, bearer("open"), "c").status_code == 404
+    assert served.b.requests == []
+
+
+def test_the_models_that_a_key_may_use_are_listed(served: Gateway) -> None:
+    def listed(name: str) -> list[str]:
+        return [card["id"] for card in served.client.get("/v1/models", headers=bearer(name)).json()["data"]]
+
+    assert (listed("only-a"), listed("open")) == (["a"], ["a", "b"])
+    assert served.client.get("/v1/models/gpt", headers=bearer("only-a")).json()["id"] == "a"
+    for name in ("b", "c"):
+        assert served.client.get(f"/v1/models/{name}", headers=bearer("only-a")).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "status"),
+    [
+        ("batch", None, 200),
+        ("batch", "batch", 200),
+        ("batch", "urgent", 403),
+        ("urgent", "batch", 200),
+        ("open", "urgent", 200),
+    ],
+)
+def test_a_keys_class_is_the_highest_that_it_may_ask_for(served: Gateway, name: str, asked: str | None, status: int) -> None:
+    SPANS.clear()
+    headers = bearer(name) | ({"x-llmux-priority": asked} if asked else {})
+    response = ask(served, headers)
+    assert response.status_code == status
+    if status == 403:
+        assert error(response)["code"] == "priority_not_allowed"
+    else:
+        assert request_span(name)["llmux.priority"] == (asked or name)
+
+
+def request_span(name: str) -> dict[str, Any]:
+    """The attributes of the span of a request by this key. One of the test before may end later than its answer."""
+
+    def ended() -> list[dict[str, Any]]:
+        spans = [dict(span.attributes or {}) for span in SPANS.get_finished_spans() if span.name == "llmux.request"]
+        return [attributes for attributes in spans if attributes.get("enduser.id") == name]
+
+    eventually("the span has ended", lambda: bool(ended()))
+    return ended()[-1]
+
+
+# What is left
+
+
+def test_requests_are_counted_and_told_and_the_last_one_is_a_429(served: Gateway) -> None:
+    assert [left(ask(served, bearer("three"))) for _ in range(3)] == [2, 1, 0]
+    response = ask(served, bearer("three"))
+    assert response.status_code == 429
+    told = error(response)
+    assert (told["type"], told["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert "3 requests per minute" in told["message"]
+    assert 1 <= int(response.headers["retry-after"]) <= 20
+    assert response.headers["x-ratelimit-limit-requests"] == "3"
+    assert response.headers["x-ratelimit-reset-requests"].endswith("s")
+    assert "x-ratelimit-limit-tokens" not in response.headers
+    assert left(served.client.get("/v1/models", headers=bearer("three"))) == 0
+    assert len(served.a.requests) == 3
+
+
+def test_tokens_are_taken_from_what_the_answer_says(served: Gateway) -> None:
+    assert ask(served, bearer("tokens"), usage={"total_tokens": 60}).status_code == 200  # it is echoed
+    response = ask(served, bearer("tokens"), max_tokens=10, usage={"prompt_tokens": 50, "completion_tokens": 41})
+    assert response.status_code == 200
+    assert left(response, "tokens") < 30  # the estimate is taken already
+    response = ask(served, bearer("tokens"))
+    assert response.status_code == 429
+    assert "100 tokens per minute" in error(response)["message"]
+    assert 20 <= int(response.headers["retry-after"]) <= 32  # 51 are missing, 100 a minute come in
+    assert left(response, "tokens") == 0
+
+
+@pytest.mark.parametrize(("name", "tells"), [("stream", True), ("events", False)])
+def test_a_stream_takes_what_it_says_or_else_an_estimate(served: Gateway, name: str, tells: bool) -> None:
+    async def stream(exchange: Exchange) -> None:
+        await exchange.start()
+        for _ in range(40):
+            await exchange.chunk(b'data: {"choices":[{"delta":{"content":"x"}}],"usage":null}\n\n')
+        if tells:
+            await exchange.chunk(b'data: {"choices":[],"usage":{"prompt_tokens":300,"total_tokens":340}}\n\n')
+        await exchange.chunk(b"data: [DONE]\n\n", last=True)
+
+    served.a.script = stream
+    assert ask(served, bearer(name), stream=True).text.count("data:") >= 41
+    rest = left(served.client.get("/v1/models", headers=bearer(name)), "tokens")
+    assert 655 <= rest <= 680 if tells else 930 <= rest <= 970
+
+
+def test_an_answer_with_an_error_takes_a_request_and_no_tokens(served: Gateway) -> None:
+    async def refuse(exchange: Exchange) -> None:
+        await exchange.start("application/json", 400)
+        await exchange.chunk(b'{"error": {}, "usage": {"total_tokens": 700}}', last=True)
+
+    served.a.script = refuse
+    assert ask(served, bearer("failed")).status_code == 400
+    response = served.client.get("/v1/models", headers=bearer("failed"))
+    assert (left(response), left(response, "tokens")) == (9, 1000)
+    # What never reached a server takes neither.
+    assert served.client.post("/v1/completions", content=b"{", headers=bearer("failed")).status_code == 400
+    response = ask(served, bearer("failed") | {"x-llmux-priority": "no such class"})
+    assert response.status_code == 400
+    assert left(response) == 9
+
+
+def in_flight(served: Gateway, name: str) -> int:
+    assert served.app._access is not None
+    return served.app._access._accounts["key", name].in_flight
+
+
+def test_only_so_many_requests_of_a_key_run_at_once(served: Gateway) -> None:
+    go_on = threading.Event()
+
+    async def hold(exchange: Exchange) -> None:
+        await wait_for(go_on)
+        await echo(exchange)
+
+    served.a.script = hold
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(ask, served, bearer("one"))
+        eventually("it runs", lambda: len(served.a.requests) == 1)
+        response = ask(served, bearer("one"))
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert "1 requests at once" in error(response)["message"]
+        go_on.set()
+        assert running.result().status_code == 200
+    # A client that has its answer may send the next request at once.
+    assert [ask(served, bearer("one")).status_code for _ in range(10)] == [200] * 10
+    assert in_flight(served, "one") == 0
+
+
+def test_a_client_that_leaves_in_the_middle_of_an_answer_gives_its_place_back(served: Gateway) -> None:
+    async def endless(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.chunk(b"data: 1\n\n")
+        await exchange.client_left()
+
+    served.a.script = endless
+    for _ in range(3):
+        body = {"model": "a", "stream": True}
+        with served.client.stream("POST", "/v1/completions", json=body, headers=bearer("leaver")) as response:
+            assert response.status_code == 200
+            assert in_flight(served, "leaver") == 1
+        eventually("its place is free", lambda: in_flight(served, "leaver") == 0)
+    counts_come_back_to_zero(served)
+
+
+def test_a_client_that_leaves_the_queue_has_taken_nothing(served: Gateway) -> None:
+    go_on = threading.Event()
+
+    async def hold(exchange: Exchange) -> None:
+        await wait_for(go_on)
+        await echo(exchange)
+
+    served.a.script = hold
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(ask, served, bearer("open"))
+        eventually("a is busy", lambda: len(served.a.requests) == 1)
+        for _ in range(2):
+            with httpx.Client(base_url=served.url, timeout=0.2) as client, pytest.raises(httpx.ReadTimeout):
+                client.post("/v1/completions", json={"model": "b"}, headers=bearer("queuer"))
+            eventually("its place is free", lambda: in_flight(served, "queuer") == 0)
+        go_on.set()
+        assert running.result().status_code == 200
+    response = served.client.get("/v1/models", headers=bearer("queuer"))
+    assert (left(response), left(response, "tokens")) == (5, 1000)
+    assert served.b.requests == []
+
+
+# Keys change
+
+
+def look_again(served: Gateway) -> None:
+    """As if a second had passed."""
+    assert served.app._access is not None
+    served.app._access._ring._looked = float("-inf")
+
+
+def test_keys_are_read_again_when_their_file_changes(
+    served: Gateway, keys_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = keys_file.read_text()
+
+    def write(text: str) -> None:
+        keys_file.write_text(text)
+        look_again(served)
+
+    try:
+        write(f"{before}guest: {{hash: '{hash_key(key_of('guest'))}', requests_per_minute: 5}}\n")
+        assert left(ask(served, bearer("guest"))) == 4
+        for broken in ("guest: {", "guest: {hash: sha256:1}\n", before + "x: {file: /nowhere/at/all}\n"):
+            caplog.clear()
+            write(broken)
+            assert ask(served, bearer("guest")).status_code == 200  # those known before stay
+            look_again(served)
+            assert ask(served, bearer("filed")).status_code == 200
+            errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+            assert len(errors) == 1  # and not at each look
+            assert str(keys_file) in errors[0].getMessage()
+            with pytest.raises(ConfigError, match=r"keys\.yaml|nowhere"):
+                served.app.reload_keys()
+        write(before)
+        assert ask(served, bearer("guest")).status_code == 401
+        assert ask(served, bearer("filed")).status_code == 200
+        os.utime(keys_file)
+        served.app.reload_keys()
+    finally:
+        write(before)
+
+
+# Secrets
+
+
+def test_no_key_is_in_any_log_span_or_error(served: Gateway, request_log: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    SPANS.clear()
+    served.a.script = None
+    wrong = "wrong-key-987654321"
+    with served.client.stream("POST", "/v1/completions", json={"model": "a"}, headers=bearer("open")) as response:
+        assert response.status_code >= 500  # the server breaks off
+        texts = [response.read().decode()]
+    texts += [ask(served, {"authorization": f"Bearer {wrong}"}).text, ask(served, {"authorization": f"Basic {wrong}"}).text]
+    served.b.script = echo
+    assert ask(served, bearer("open"), "b").status_code == 200
+    assert request_span("open")["llmux.model"] in ("a", "b")
+    texts += [record.getMessage() for record in caplog.records if record.name.startswith("llmux")]
+    texts += [str(record.exc_info) for record in caplog.records]
+    texts += [span.to_json() for span in SPANS.get_finished_spans()]
+    eventually("it is logged", lambda: '"key":"open"' in request_log.read_text())
+    texts += [request_log.read_text()]
+    texts += [repr(served.app.config), repr(served.app._proxy._targets)]
+    assert any("refused a request from 127.0.0.1" in text for text in texts)
+    for secret in (key_of("open"), "987654321", SERVERS_KEY, key_of("env")):
+        assert [text for text in texts if secret in text] == []
