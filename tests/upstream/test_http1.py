@@ -310,7 +310,7 @@ async def test_https_is_spoken_to_a_server_with_a_known_certificate_and_no_other
             await client.read()
         assert not caught.value.sent
         await client.upstream.aclose()
-        server.errors.clear()  # of the handshake
+        await anyio.to_thread.run_sync(server.join)
 
 
 # Requests
