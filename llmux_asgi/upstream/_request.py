@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .._openai import Headers
+from ..exceptions import InvalidRequestError
 
 __all__ = ["request_head"]
 
@@ -16,7 +17,7 @@ _WITHOUT_BODY = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 def request_head(method: bytes, authority: bytes, target: bytes, headers: Headers, length: int) -> bytes:
     """Return the head of a request with a body of `length` bytes, the empty line included.
 
-    Raises `ValueError` for what would be read as something else than was meant: a line end in a header, a space in the target.
+    Raises `InvalidRequestError` for what would be read as something else than was meant: a line end in a header, a space in the target.
     """
     fields = b"\r\n".join(map(b": ".join, headers))
     count = len(headers) + 3
@@ -34,5 +35,5 @@ def request_head(method: bytes, authority: bytes, target: bytes, headers: Header
         or _is_target(target) is None
         or _is_token(method) is None
     ):
-        raise ValueError("the request's method, target or headers contain what HTTP does not allow")
+        raise InvalidRequestError("The request's method, path, query or headers contain what HTTP does not allow.")
     return head
