@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak bench-switch bench-decision bench-preemption bench-scheduling test-vllm lint types docs clean
+.PHONY: help demo test soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -32,6 +32,9 @@ bench-decision: $(VENV)/.test ## what a decision costs with 10, 1,000 and 10,000
 
 bench-preemption: $(VENV)/.test ## how long a long answer holds up another model, with and without preemption, on a real vLLM
 	@$(BIN)/python -m tests.benchmarks.preemption $(ARGS)
+
+bench-relay: $(VENV)/.test ## what the relay costs beside nginx, a Rust router and plain httpx; ARGS='--quick --candidates gateway,vllm-router'
+	@$(BIN)/python -m tests.benchmarks.relay $(ARGS)
 
 bench-scheduling: $(VENV)/.test ## every policy under every load, measured and simulated; writes docs/scheduling.md anew
 	@$(BIN)/python -m tests.benchmarks.scheduling $(ARGS)

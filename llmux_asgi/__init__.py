@@ -76,6 +76,7 @@ if TYPE_CHECKING:
         ThroughputPolicy,
     )
     from .switcher import ModelSwitcher
+    from .upstream import Http1Upstream, HttpxUpstream, Origin, Upstream, UpstreamFault, UpstreamResponse
 
 __all__ = [
     "AccessConfig",
@@ -98,6 +99,8 @@ __all__ = [
     "GatedQuantumPolicy",
     "HooksBackend",
     "HooksConfig",
+    "Http1Upstream",
+    "HttpxUpstream",
     "Identity",
     "InterruptedRequestError",
     "InvalidRequestError",
@@ -115,6 +118,7 @@ __all__ = [
     "ModelCosts",
     "ModelSwitcher",
     "OllamaBackend",
+    "Origin",
     "PermissionDeniedError",
     "Phase",
     "PolicyConfig",
@@ -138,7 +142,10 @@ __all__ = [
     "ThroughputPolicy",
     "TimeoutsConfig",
     "UnknownModelError",
+    "Upstream",
     "UpstreamError",
+    "UpstreamFault",
+    "UpstreamResponse",
     "VLLMBackend",
     "json_schema",
     "load_config",
@@ -154,6 +161,7 @@ _HOMES = (
     "_lease",
     "switcher",
     "access",
+    "upstream",
     "middleware",
     "app",
 )

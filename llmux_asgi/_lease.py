@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,14 +23,27 @@ if TYPE_CHECKING:
 __all__ = ["Activation", "Freeze", "Lease", "Waiter"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Exchange:
-    """What holds a lease and wants to be told what becomes of its request."""
+    """While in the block, what holds a lease is told what becomes of its request."""
 
-    interrupt: Callable[[], None]
-    """The model is asleep: what has not been answered by now never will be."""
-    freeze: Callable[[Freeze], None]
-    """The model is asleep, and the request goes on when it is woken."""
+    __slots__ = ("_activation", "freeze", "interrupt")
+
+    def __init__(self, activation: Activation, interrupt: Callable[[], None], freeze: Callable[[Freeze], None]) -> None:
+        self._activation = activation
+        self.interrupt = interrupt
+        """Called when the model is asleep: what has not been answered by now never will be."""
+        self.freeze = freeze
+        """Called when the model is asleep, and the request goes on when it is woken."""
+
+    def __enter__(self) -> None:
+        self._activation.exchanges.add(self)
+        if self._activation.over:
+            self.interrupt()
+        elif self._activation.freeze is not None:
+            self.freeze(self._activation.freeze)
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
+        self._activation.exchanges.discard(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,22 +189,12 @@ class Lease:
         """Whether the model was put to sleep while this lease was held: what the server answers now is cut short."""
         return self._activation.interrupted
 
-    @contextmanager
-    def exchange(self, interrupt: Callable[[], None], freeze: Callable[[Freeze], None] = lambda freeze: None) -> Iterator[None]:
+    def exchange(self, interrupt: Callable[[], None], freeze: Callable[[Freeze], None] = lambda freeze: None) -> Exchange:
         """While in the block, have `interrupt` called when the model sleeps although this lease is held.
 
         `freeze` is called when it sleeps and its server keeps the request, to go on with it when it is woken.
         """
-        exchange, activation = Exchange(interrupt, freeze), self._activation
-        activation.exchanges.add(exchange)
-        try:
-            if activation.over:
-                interrupt()
-            elif activation.freeze is not None:
-                freeze(activation.freeze)
-            yield
-        finally:
-            activation.exchanges.discard(exchange)
+        return Exchange(self._activation, interrupt, freeze)
 
     def release(self) -> None:
         """Give the lease back. Never waits, and may be called again."""

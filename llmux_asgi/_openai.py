@@ -27,6 +27,7 @@ from .exceptions import (
 __all__ = [
     "INFERENCE_ROUTES",
     "PRIORITY_HEADER",
+    "AnswerHead",
     "ErrorAnswer",
     "Headers",
     "InterruptedAnswer",
@@ -39,7 +40,6 @@ __all__ = [
     "model_of",
     "read_fields",
     "relayed_request_headers",
-    "relayed_response_headers",
     "split_events",
     "with_model",
     "without_credentials",
@@ -214,24 +214,64 @@ def error_event(exc: LLMuxError) -> bytes:
 def relayed_request_headers(headers: Headers, authorization: bytes | None = None) -> Headers:
     """Drop what belongs to the client's connection; host and length are set anew for the backend.
 
-    `authorization` is the backend's own, in place of any credential of the client's.
+    `authorization` is the backend's own, in place of any credential of the client's. The names are in lower case already, as
+    ASGI has them.
     """
-    if authorization is None:
-        return [*_without(headers, _NOT_SENT_UP), (b"accept-encoding", b"identity")]
-    kept = without_credentials(_without(headers, _NOT_SENT_UP))
-    return [*kept, (b"accept-encoding", b"identity"), (b"authorization", authorization)]
+    kept = [pair for pair in headers if pair[0] not in _NOT_SENT_UP]
+    for name, value in headers:
+        if name == b"connection" and value not in (b"keep-alive", b"close"):
+            named = _tokens(value)
+            kept = [pair for pair in kept if pair[0] not in named]
+    if authorization is not None:
+        kept = without_credentials(kept)
+        kept.append((b"authorization", authorization))
+    kept.append((b"accept-encoding", b"identity"))
+    return kept
 
 
 def without_credentials(headers: Headers) -> Headers:
-    """Drop what may prove to somebody who the client is."""
+    """Drop what may prove to somebody who the client is. An ASGI server that keeps upper case is no reason to pass it on."""
     return [pair for pair in headers if pair[0].lower() not in _CREDENTIALS]
 
 
-def relayed_response_headers(headers: Headers) -> Headers:
-    """Drop what belongs to the backend's connection, and what the gateway's own server sets."""
-    chunked = any(name.lower() == b"transfer-encoding" for name, _ in headers)
-    # By RFC 9112 a length beside it does not count.
-    return _without(headers, _NOT_SENT_DOWN | {b"content-length"} if chunked else _NOT_SENT_DOWN)
+@dataclass(slots=True)
+class AnswerHead:
+    """What the headers of a server's answer say."""
+
+    headers: Headers
+    """The pairs that are relayed."""
+    length: int | None
+    """How many bytes of body they announce."""
+    is_events: bool
+    """Whether the body is server-sent events that can be read as they come."""
+
+    @classmethod
+    def of(cls, headers: Headers) -> AnswerHead:
+        """Look through a server's headers. Drops what belongs to its connection, and what the gateway's own server sets."""
+        kept: Headers = []
+        length: int | None = None
+        events = chunked = encoded = False
+        named: set[bytes] = set()
+        for raw, value in headers:
+            name = raw.lower()
+            if name in _NOT_SENT_DOWN:
+                if name == b"transfer-encoding":
+                    chunked = True
+                elif name == b"connection":
+                    named |= _tokens(value)
+                continue
+            if name == b"content-length":
+                length = int(value) if length is None and value.isdigit() else length
+            elif name == b"content-type":
+                events = value.startswith(b"text/event-stream")
+            elif name == b"content-encoding":
+                encoded = value != b"identity"  # although it was asked not to
+            kept.append((name, value))
+        if chunked:  # by RFC 9112 a length beside it does not count
+            named.add(b"content-length")
+        if named:
+            kept = [pair for pair in kept if pair[0] not in named]
+        return cls(kept, None if chunked else length, events and not encoded)
 
 
 def content_length(headers: Headers) -> int | None:
@@ -242,13 +282,9 @@ def content_length(headers: Headers) -> int | None:
     return None
 
 
-def _without(headers: Headers, dropped: frozenset[bytes]) -> Headers:
-    kept = [(lower, value) for name, value in headers if (lower := name.lower()) not in dropped]
-    for name, value in headers:
-        if name.lower() == b"connection":
-            named = {token.strip().lower() for token in value.split(b",")}
-            kept = [pair for pair in kept if pair[0] not in named]
-    return kept
+def _tokens(value: bytes) -> set[bytes]:
+    """Return the header names that a `Connection` header lists."""
+    return {token.strip().lower() for token in value.split(b",")} - {b"keep-alive", b"close"}
 
 
 # Server-sent events

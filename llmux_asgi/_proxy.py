@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import urlsplit
 
 import anyio
 import msgspec
-from anyio.abc import TaskGroup
 from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
 from . import telemetry as names
 from ._lease import Freeze, Lease
 from ._openai import (
+    AnswerHead,
     InterruptedAnswer,
-    content_length,
     error_event,
     is_done,
     relayed_request_headers,
-    relayed_response_headers,
     split_events,
     with_model,
 )
-from ._upstream import HttpxUpstream, Upstream, UpstreamFault, UpstreamResponse
+from ._spawn import Later
 from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
+from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ SCOPE_LAST_TRY = "llmux.last_try"
 
 _ERROR_EVENT = b'data: {"error"'
 """What a server sends in a stream that its engine does not go on with."""
+_WATCH_AFTER = 0.05
+"""Seconds from which on the client is watched: whoever leaves earlier is noticed then, and an answer in time costs no task."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
 _HEARTBEAT = b": the model makes way for another one; the answer goes on at its next turn\n\n"
@@ -69,22 +70,15 @@ class Proxy:
         max_frozen: float = 0.0,
     ) -> None:
         self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
-        self._upstream = upstream or HttpxUpstream()
+        self._upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
         body = await _read_body(receive)
-        if body is None:
-            return
-        async with anyio.create_task_group() as tasks:
-            relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
-            tasks.start_soon(_watch_client, receive, relay, tasks.cancel_scope)
-            await relay.run(body)
-            tasks.cancel_scope.cancel()
-        # An error is raised here and not above, where the task group would wrap it.
-        if relay.error is not None:
-            raise relay.error
+        if body is not None:
+            target = self._targets[scope[SCOPE_LEASE].model]
+            await _Relay(scope, receive, send, target, self._upstream, self._heartbeat).run(body)
 
     async def aclose(self) -> None:
         """Close idle connections to the servers."""
@@ -95,7 +89,7 @@ class Proxy:
 class _Target:
     """Where the requests for one model go."""
 
-    url: str
+    origin: Origin
     prefix: bytes
     served_name: str
     timeouts: TimeoutsConfig
@@ -112,43 +106,48 @@ class _Target:
             timeouts = msgspec.structs.replace(timeouts, read=timeouts.read + max_frozen)
         key = read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
         authorization = f"Bearer {key}".encode("ascii") if key is not None else None
-        root = f"{parts.scheme}://{parts.netloc}"
-        return cls(root, prefix, model.served_name or name, timeouts, model.retry, authorization)
+        return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry, authorization)
 
 
 class _Relay:
     """One request on its way."""
 
     def __init__(
-        self, scope: Scope, send: Send, target: _Target, upstream: Upstream, tasks: TaskGroup, heartbeat: float
+        self, scope: Scope, receive: Receive, send: Send, target: _Target, upstream: Upstream, heartbeat: float
     ) -> None:
         self._scope = scope
+        self._receive = receive
         self._send = send
-        self._sending = anyio.Lock(fast_acquire=True)
-        self._tasks = tasks
         self._heartbeat = heartbeat
-        self._frozen_too_long: LLMuxError | None = None
         self._target = target
         self._upstream = upstream
         self._lease: Lease = scope[SCOPE_LEASE]
         self._route: str = scope[SCOPE_ROUTE]
+        self._relaying = anyio.CancelScope()
+        self._client_left = False
+        self._bridging: Later | None = None
+        self._frozen_too_long: LLMuxError | None = None
         self._started = False
+        self._sending = False
+        """Whether a part of the answer is on its way to the client."""
+        self._beating: anyio.Event | None = None
+        """Set when the heartbeat that is on its way to the client is out."""
         self._streams_events = False
         self._in_event = False
         """Whether the client has only a part of the present server-sent event: it is too long to be held back."""
-        self.ended = False
+        self._ended = False
         """Whether the last byte of the answer is out, or on its way."""
-        self.done = False
+        self._done = False
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
-        self.error: Exception | None = None
 
     async def run(self, body: bytes) -> None:
+        watching = Later(self._watch_client, _WATCH_AFTER)
         try:
-            with anyio.CancelScope() as scope, self._lease.exchange(partial(_limit, scope), partial(self._freeze, scope)):
+            with self._relaying, self._lease.exchange(self._interrupt, self._freeze):
                 while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
                     await freeze.over.wait()
                 await self._relay(body)
-            if scope.cancelled_caught:
+            if self._relaying.cancelled_caught and not self._client_left:
                 raise self._interrupted()
         except UpstreamFault as exc:
             if self._lease.interrupted:  # that is why
@@ -161,13 +160,29 @@ class _Relay:
             await self._fail(error)
         except LLMuxError as exc:
             await self._fail(exc)
-        except Exception as exc:  # noqa: BLE001 - raised again, where no task group wraps it
-            self.error = exc
+        finally:
+            watching.stop()
+            if self._bridging is not None:
+                self._bridging.stop()
 
-    def _freeze(self, relaying: anyio.CancelScope, freeze: Freeze) -> None:
-        self._tasks.start_soon(self._bridge, relaying, freeze)
+    async def _watch_client(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        if not self._done:
+            self._lease.span.set_attribute(names.CLIENT_DISCONNECTED, True)
+        if not self._ended:  # else it is not the client: an ASGI server tells of a finished exchange in the same way
+            self._client_left = True
+            self._relaying.cancel()
 
-    async def _bridge(self, relaying: anyio.CancelScope, freeze: Freeze) -> None:
+    def _interrupt(self) -> None:
+        self._relaying.deadline = anyio.current_time() + INTERRUPTED_GRACE
+
+    def _freeze(self, freeze: Freeze) -> None:
+        if self._bridging is not None:
+            self._bridging.stop()
+        self._bridging = Later(partial(self._bridge, freeze), 0.0)
+
+    async def _bridge(self, freeze: Freeze) -> None:
         """While the request is frozen, let its client know that the stream is alive; end it if that takes too long."""
         with anyio.move_on_after(freeze.limit):
             while not freeze.over.is_set():
@@ -178,12 +193,16 @@ class _Relay:
         if not freeze.over.is_set():
             reason = "the request was frozen so that other models could serve, and its model's next turn did not come"
             self._frozen_too_long = QueueTimeoutError(self._lease.model, freeze.limit, reason)
-            relaying.cancel()
+            self._relaying.cancel()
 
     async def _beat(self) -> None:
-        async with self._sending:
-            if self._streams_events and self._started and not (self._in_event or self.ended):
+        if self._streams_events and self._started and not (self._in_event or self._ended or self._sending):
+            self._beating = beating = anyio.Event()
+            try:
                 await self._send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
+            finally:
+                self._beating = None
+                beating.set()
 
     async def _relay(self, body: bytes) -> None:
         body = with_model(body, self._target.served_name)
@@ -192,47 +211,45 @@ class _Relay:
         target = self._target.prefix + self._route.encode("ascii")
         if query := self._scope.get("query_string"):
             target += b"?" + query
-        exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
-        async with exchange as response:
-            if response.status >= 500:
-                self._lease.distrust()  # its engine may have died
-                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
-                    raise UpstreamFault(f"answered {response.status}.")
-            kinds = {name.lower(): value for name, value in response.headers}
-            streams = kinds.get(b"content-type", b"").startswith(b"text/event-stream")
-            encoded = kinds.get(b"content-encoding", b"identity") != b"identity"  # although it was asked not to
-            self._streams_events = streams and not encoded
-            start: Message = {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": relayed_response_headers(response.headers),
-            }
-            # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
-            if self._streams_events:
-                await self._relay_events(start, response.chunks, InterruptedAnswer(self._route, body))
-            elif self._lease.interrupted:
-                await self._relay_checked(start, response.chunks, InterruptedAnswer(self._route, body))
-            else:
-                await self._relay_plain(start, response)
+        response = await self._upstream.request(b"POST", self._target.origin, target, headers, body, self._target.timeouts)
+        try:
+            await self._pass_answer(response, body)
+        finally:
+            await response.aclose()
 
-    async def _relay_plain(self, start: Message, response: UpstreamResponse) -> None:
+    async def _pass_answer(self, response: UpstreamResponse, body: bytes) -> None:
+        if response.status >= 500:
+            self._lease.distrust()  # its engine may have died
+            if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                raise UpstreamFault(f"answered {response.status}.")
+        head = AnswerHead.of(response.headers)
+        self._streams_events = head.is_events
+        start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
+        # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
+        if head.is_events:
+            await self._relay_events(start, response, InterruptedAnswer(self._route, body))
+        elif self._lease.interrupted:
+            await self._relay_checked(start, response, InterruptedAnswer(self._route, body))
+        else:
+            await self._relay_plain(start, response, head.length)
+
+    async def _relay_plain(self, start: Message, response: UpstreamResponse, left: int | None) -> None:
         await self._begin(start)
         # A client has its answer when it has as many bytes as it was promised, and may send the next request at once. By
         # then the lease must be on its way back, and the ASGI server must know that this answer is over.
-        left = content_length(response.headers)
-        async for chunk in response.chunks:
+        async for chunk in response:
             if left is not None:
                 left -= len(chunk)
             elif self._lease.interrupted:  # nobody can tell whether it will be whole
                 raise self._interrupted()
             await self._pass_on(chunk, last=left == 0)
-        if not self.ended:
+        if not self._ended:
             await self._pass_on(b"", last=True)
 
-    async def _relay_events(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
+    async def _relay_events(self, start: Message, response: UpstreamResponse, answer: InterruptedAnswer) -> None:
         await self._begin(start)
         rest = b""
-        async for chunk in chunks:
+        async for chunk in response:
             events, rest = split_events(rest + chunk)
             self._in_event = len(rest) > _LONGEST_EVENT
             if self._in_event:
@@ -244,15 +261,15 @@ class _Relay:
                 await self._pass_on(events[:cut])
                 raise self._interrupted()
             if events:
-                self.done = is_done(events)
+                self._done = is_done(events)
                 await self._pass_on(events)
-        if self._lease.interrupted and not (self.done or answer.is_finished):
+        if self._lease.interrupted and not (self._done or answer.is_finished):
             raise self._interrupted()
         await self._pass_on(rest, last=True)
 
-    async def _relay_checked(self, start: Message, chunks: AsyncIterator[bytes], answer: InterruptedAnswer) -> None:
+    async def _relay_checked(self, start: Message, response: UpstreamResponse, answer: InterruptedAnswer) -> None:
         """Relay an answer that came after the model was put to sleep: it may be cut short and look whole."""
-        body = b"".join([chunk async for chunk in chunks])
+        body = b"".join([chunk async for chunk in response])
         status: int = start["status"]
         if status >= 500 or (status < 400 and not answer.is_whole(body)):  # a 4xx is what the server thinks of the request
             raise self._interrupted()
@@ -260,17 +277,19 @@ class _Relay:
         await self._pass_on(body, last=True)
 
     async def _begin(self, start: Message) -> None:
-        async with self._sending:
-            self._started = True
-            await self._send(start)
+        self._started = True
+        await self._send(start)
 
     async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
-        async with self._sending:
-            self.done = self.done or last
-            # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
-            # put its connection in order (hypercorn starts a timer), which must not be cancelled.
-            self.ended = last
-            await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        if self._beating is not None:
+            await self._beating.wait()
+        self._sending = True
+        self._done = self._done or last
+        # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
+        # put its connection in order (hypercorn starts a timer), which must not be cancelled.
+        self._ended = last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+        self._sending = False
 
     def _interrupted(self) -> LLMuxError:
         if error := self._frozen_too_long or self._lease.error:
@@ -279,17 +298,12 @@ class _Relay:
 
     async def _fail(self, error: LLMuxError) -> None:
         if not self._started:
-            self.error = error
-            return
+            raise error
         logger.warning("%s", error)
         failed(trace.get_current_span(), error)
         if self._streams_events:
             await self._pass_on(error_event(error), last=True)
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.
-
-
-def _limit(exchange: anyio.CancelScope) -> None:
-    exchange.deadline = anyio.current_time() + INTERRUPTED_GRACE
 
 
 async def _read_body(receive: Receive) -> bytes | None:
@@ -302,12 +316,3 @@ async def _read_body(receive: Receive) -> bytes | None:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _watch_client(receive: Receive, relay: _Relay, relaying: anyio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    if not relay.done:
-        trace.get_current_span().set_attribute(names.CLIENT_DISCONNECTED, True)
-    if not relay.ended:  # else it is not the client: an ASGI server tells of a finished exchange in the same way
-        relaying.cancel()

@@ -23,6 +23,7 @@ from .middleware import LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
 from .telemetry import Telemetry
+from .upstream import Upstream
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -41,6 +42,7 @@ class LLMuxApp:
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
     `policy` and `memory` (what reads the GPU) replace those of the configuration. `identify` is the host's own
     authentication: called with the ASGI scope of each connection, it returns an `Identity`, or `None`; it may be async.
+    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`.
     The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
@@ -56,6 +58,7 @@ class LLMuxApp:
         policy: SwitchPolicy | None = None,
         memory: MemoryGauge | None = None,
         identify: Identify | None = None,
+        upstream: Upstream | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(
@@ -63,6 +66,7 @@ class LLMuxApp:
         )
         self._proxy = Proxy(
             self.config.models,
+            upstream,
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
         )

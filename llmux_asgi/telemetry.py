@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 from opentelemetry import context as otel_context
@@ -27,10 +28,10 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
-    from opentelemetry.trace import TracerProvider
+    from opentelemetry.trace import Tracer, TracerProvider
     from opentelemetry.util.types import Attributes
 
-__all__ = ["Headers", "Telemetry", "failed", "inject_headers"]
+__all__ = ["Headers", "RequestSpan", "Telemetry", "failed", "inject_headers"]
 
 SCOPE = "llmux_asgi"
 
@@ -80,7 +81,10 @@ Headers = list[tuple[bytes, bytes]]
 class _HeaderGetter(Getter[Headers]):
     def get(self, carrier: Headers, key: str) -> list[str] | None:
         wanted = key.lower().encode("latin-1")
-        return [value.decode("latin-1") for name, value in carrier if name == wanted] or None
+        for name, _ in carrier:  # most often it is not there
+            if name == wanted:
+                return [value.decode("latin-1") for name, value in carrier if name == wanted]
+        return None
 
     def keys(self, carrier: Headers) -> list[str]:
         return [name.decode("latin-1") for name, _ in carrier]
@@ -97,6 +101,41 @@ _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
 
 _SERVING_KEY = otel_context.create_key("llmux_asgi.serving")
 """In OpenTelemetry's context: the headers of the request that is being served."""
+_NOTHING = Context()
+
+
+class RequestSpan:
+    """A span that is current while in the block, and ends with it.
+
+    What `Tracer.start_as_current_span` does, without its nested generators: this is done for every request.
+    """
+
+    __slots__ = ("_attributes", "_headers", "_span", "_token", "_tracer")
+
+    def __init__(self, tracer: Tracer, headers: Headers, attributes: Attributes) -> None:
+        self._tracer = tracer
+        self._headers = headers
+        self._attributes = attributes
+
+    def __enter__(self) -> Span:
+        current = otel_context.get_current()
+        if current.get(_SERVING_KEY, self._headers) is not self._headers:
+            # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
+            # in there is this request's. What stays the same while a host hands a request on is its list of headers.
+            current = Context()
+        hosted = trace.get_current_span(current).get_span_context().is_valid
+        parent = current if hosted else extract(self._headers, context=_NOTHING, getter=_GETTER)
+        kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
+        self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
+        serving = otel_context.set_value(_SERVING_KEY, self._headers, trace.set_span_in_context(self._span, current))
+        self._token = otel_context.attach(serving)
+        return self._span
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
+        otel_context.detach(self._token)
+        if isinstance(exc, Exception):
+            failed(self._span, exc)
+        self._span.end()
 
 
 class Telemetry:
@@ -109,23 +148,9 @@ class Telemetry:
         self.queue_time = meter.create_histogram(METRIC_QUEUE_TIME, "s", "Time a request waited for its model")
         self.requests = meter.create_counter(METRIC_REQUESTS, "{request}", "Requests answered")
 
-    @contextmanager
-    def request(self, headers: Headers, attributes: Attributes) -> Iterator[Span]:
+    def request(self, headers: Headers, attributes: Attributes) -> RequestSpan:
         """Open the span of a request: a child of the host's span if it has one, else of the caller's `traceparent`."""
-        current = otel_context.get_current()
-        if current.get(_SERVING_KEY, headers) is not headers:
-            # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
-            # in there is this request's. What stays the same while a host hands a request on is its list of headers.
-            current = Context()
-        token = otel_context.attach(otel_context.set_value(_SERVING_KEY, headers, current))
-        try:
-            hosted = trace.get_current_span().get_span_context().is_valid
-            context = None if hosted else extract(headers, context=Context(), getter=_GETTER)
-            kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
-            with self._tracer.start_as_current_span(SPAN_REQUEST, context=context, kind=kind, attributes=attributes) as span:
-                yield span
-        finally:
-            otel_context.detach(token)
+        return RequestSpan(self._tracer, headers, attributes)
 
     @contextmanager
     def switch(self, parent: Context, waiters: Sequence[SpanContext], attributes: Attributes) -> Iterator[Span]:

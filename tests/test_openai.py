@@ -23,13 +23,13 @@ from llmux_asgi import (
     UpstreamError,
 )
 from llmux_asgi._openai import (
+    AnswerHead,
     InterruptedAnswer,
     describe,
     error_event,
     model_of,
     read_fields,
     relayed_request_headers,
-    relayed_response_headers,
     split_events,
     with_model,
 )
@@ -114,23 +114,41 @@ def test_every_error_has_its_status_and_code(error: LLMuxError, status: int, cod
     assert error_event(error) == b"data: " + answer.body + b"\n\n"
 
 
-def test_headers_of_the_connection_are_dropped_whatever_their_case() -> None:
+def test_headers_of_the_clients_connection_are_dropped() -> None:
     headers = [
-        (b"Host", b"x"),
-        (b"Content-Length", b"3"),
-        (b"Transfer-Encoding", b"chunked"),
-        (b"Connection", b"close, X-Secret"),
+        (b"host", b"x"),
+        (b"content-length", b"3"),
+        (b"transfer-encoding", b"chunked"),
+        (b"connection", b"close, X-Secret"),
         (b"connection", b"X-Other"),
-        (b"X-Secret", b"1"),
+        (b"x-secret", b"1"),
         (b"x-other", b"1"),
-        (b"Expect", b"100-continue"),
-        (b"Accept", b"a"),
-        (b"Accept", b"b"),
+        (b"expect", b"100-continue"),
+        (b"accept", b"a"),
+        (b"accept", b"b"),
     ]
     assert relayed_request_headers(headers) == [(b"accept", b"a"), (b"accept", b"b"), (b"accept-encoding", b"identity")]
+
+
+def test_headers_of_the_servers_connection_are_dropped_whatever_their_case() -> None:
     answer = [(b"Content-Length", b"3"), (b"Date", b"x"), (b"Server", b"x"), (b"Keep-Alive", b"x"), (b"X", b"1")]
-    assert relayed_response_headers(answer) == [(b"content-length", b"3"), (b"x", b"1")]
-    assert relayed_response_headers([*answer, (b"Transfer-Encoding", b"chunked")]) == [(b"x", b"1")]
+    assert AnswerHead.of(answer) == AnswerHead([(b"content-length", b"3"), (b"x", b"1")], 3, is_events=False)
+    chunked = AnswerHead.of([*answer, (b"Transfer-Encoding", b"chunked"), (b"X-Hop", b"1"), (b"Connection", b"x-hop")])
+    assert chunked == AnswerHead([(b"x", b"1")], None, is_events=False)
+
+
+@pytest.mark.parametrize(
+    ("headers", "is_events"),
+    [
+        ([(b"Content-Type", b"text/event-stream; charset=utf-8")], True),
+        ([(b"content-type", b"application/json")], False),
+        ([(b"content-type", b"text/event-stream"), (b"Content-Encoding", b"gzip")], False),
+        ([(b"content-type", b"text/event-stream"), (b"content-encoding", b"identity")], True),
+        ([], False),
+    ],
+)
+def test_events_are_looked_into_if_they_are_not_compressed(headers: list[tuple[bytes, bytes]], is_events: bool) -> None:
+    assert AnswerHead.of(headers).is_events is is_events
 
 
 @given(st.lists(st.sampled_from([b"data: x", b"\n", b"\r\n", b"\n\n", b"\r\n\r\n", b": ping\n\n"]), max_size=12), st.data())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llmux_asgi.upstream import Origin
 from tests.gateway.conftest import Gateway
 from tests.support.eventually import eventually, is_at_rest
 from tests.support.upstream import Exchange
@@ -20,7 +21,7 @@ def counts_come_back_to_zero(served: Gateway) -> None:
 def relay_to(served: Gateway, url: str) -> None:
     """Have the requests for `a` sent elsewhere than its control calls, which go on working."""
     targets = served.app._proxy._targets
-    targets["a"] = dataclasses.replace(targets["a"], url=url)
+    targets["a"] = dataclasses.replace(targets["a"], origin=Origin(url))
 
 
 async def echo(exchange: Exchange) -> None:

@@ -13,6 +13,7 @@ from starlette.routing import Mount
 
 from llmux_asgi import ConfigError, LLMuxApp
 from llmux_asgi._openai import INFERENCE_ROUTES
+from llmux_asgi.upstream import Http1Upstream
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import echo
 from tests.support.serve import EventLoop, free_port, serve
@@ -167,7 +168,8 @@ def test_the_app_serves_by_itself_with_its_own_lifespan(loop: EventLoop) -> None
         llm = LLMuxApp({"models": {"a": {"url": served.app.config.models["a"].url}}})
         with serve(llm, loop) as url, httpx.Client(base_url=url) as client:
             assert client.post("/v1/completions", json={"model": "a"}).status_code == 200
-        assert llm._proxy._upstream._transport is None, "the lifespan must have closed it"  # type: ignore[attr-defined]
+        assert isinstance(upstream := llm._proxy._upstream, Http1Upstream)
+        assert upstream.idle == 0, "the lifespan must have closed them"
 
 
 def test_the_app_serves_mounted_without_its_lifespan_being_run(loop: EventLoop) -> None:

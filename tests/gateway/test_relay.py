@@ -6,8 +6,6 @@ import asyncio
 import http.client
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
 from urllib.parse import urlsplit
 
 import anyio
@@ -17,7 +15,7 @@ import httpx
 from llmux_asgi import LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
 from llmux_asgi._openai import Headers
 from llmux_asgi._proxy import Proxy
-from llmux_asgi._upstream import UpstreamResponse
+from llmux_asgi.upstream import Origin
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import EVENTS, counts_come_back_to_zero, echo
 from tests.support.eventually import eventually
@@ -96,22 +94,28 @@ def test_an_answer_keeps_its_status_headers_and_bytes(served: Gateway) -> None:
 
 
 class SlowToEnd:
-    """An upstream that has sent every byte it announced and does not come to its end yet."""
+    """An upstream, and its answer, that has sent every byte it announced and does not come to its end yet."""
 
     def __init__(self) -> None:
         self.end = threading.Event()
+        self.status = 200
+        self.headers = [(b"content-length", b"6")]
+        self.ended = False
+        self.chunks = [b"one", b"two"]
 
-    @asynccontextmanager
     async def request(
-        self, method: bytes, url: str, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
-    ) -> AsyncIterator[UpstreamResponse]:
-        async def chunks() -> AsyncGenerator[bytes]:
-            yield b"one"
-            yield b"two"
-            assert await anyio.to_thread.run_sync(self.end.wait, 10)
+        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+    ) -> SlowToEnd:
+        return self
 
-        async with aclosing(chunks()) as body_chunks:
-            yield UpstreamResponse(200, [(b"content-length", b"6")], body_chunks)
+    def __aiter__(self) -> SlowToEnd:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self.chunks:
+            assert await anyio.to_thread.run_sync(self.end.wait, 10)
+            raise StopAsyncIteration
+        return self.chunks.pop(0)
 
     async def aclose(self) -> None:
         pass

@@ -1,0 +1,89 @@
+"""The idle connections to one server."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from typing import Protocol
+
+from ._parser import Http1Response
+
+__all__ = ["Pool", "PooledConnection", "Probe"]
+
+
+class PooledConnection(Protocol):
+    """A connection that serves one request after another."""
+
+    def start(self, method: bytes, head: bytes, body: bytes, limit: float | None) -> Http1Response:
+        """Send a request. `limit`: seconds that the server may be silent, or not take what is sent."""
+        ...
+
+    def is_fresh(self) -> bool:
+        """Say whether the server has neither closed it nor sent anything unasked."""
+        ...
+
+    def close(self) -> None:
+        """Close at once."""
+        ...
+
+
+class Pool:
+    """Hands out the connection that was used last, in constant time.
+
+    One that has been idle for `keepalive` seconds is not used any more, and at most `limit` are kept.
+    """
+
+    __slots__ = ("_idle", "_keepalive", "_limit")
+
+    def __init__(self, keepalive: float, limit: int) -> None:
+        self._keepalive = keepalive
+        self._limit = limit
+        self._idle: dict[PooledConnection, float] = {}
+        """Since when each is idle; the last one was used last."""
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def take(self) -> PooledConnection | None:
+        """Return a connection on which a request may be sent, if there is one."""
+        idle = self._idle
+        while idle:
+            connection, since = idle.popitem()
+            if time.monotonic() - since < self._keepalive and connection.is_fresh():
+                return connection
+            connection.close()
+        return None
+
+    def put(self, connection: PooledConnection) -> None:
+        """Keep a connection whose answer is whole."""
+        now = time.monotonic()
+        idle = self._idle
+        idle[connection] = now
+        oldest = next(iter(idle))
+        if len(idle) > self._limit or now - idle[oldest] > self._keepalive:
+            del idle[oldest]
+            oldest.close()
+
+    def discard(self, connection: PooledConnection) -> None:
+        """Forget a connection that the server has closed, if it is here."""
+        self._idle.pop(connection, None)
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._idle:
+            self._idle.popitem()[0].close()
+
+
+class Probe:
+    """Tells, without waiting, whether a socket has something to read: on an idle connection its end, or an unasked answer."""
+
+    __slots__ = ("_poll",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+
+    def is_quiet(self) -> bool:
+        """Say whether there is nothing: no data, no end, no error."""
+        return not self._poll.poll(0)

@@ -1,0 +1,36 @@
+"""The bytes of a request's head. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from .._openai import Headers
+
+__all__ = ["request_head"]
+
+_is_token = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
+_is_target = re.compile(rb"[\x21-\x7e\x80-\xff]+").fullmatch
+_WITHOUT_BODY = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
+
+
+def request_head(method: bytes, authority: bytes, target: bytes, headers: Headers, length: int) -> bytes:
+    """Return the head of a request with a body of `length` bytes, the empty line included.
+
+    Raises `ValueError` for what would be read as something else than was meant: a line end in a header, a space in the target.
+    """
+    lines = [b"%b: %b" % pair for pair in headers]
+    if length or method not in _WITHOUT_BODY:
+        lines.append(b"content-length: %d" % length)
+    head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n\r\n" % (method, target, authority, b"\r\n".join(lines))
+    if not lines:
+        head = head[:-2]
+    ends = len(lines) + 3 if lines else 3
+    if (
+        head.count(b"\n") != ends
+        or head.count(b"\r") != ends
+        or b"\0" in head
+        or _is_target(target) is None
+        or _is_token(method) is None
+    ):
+        raise ValueError("the request's method, target or headers contain what HTTP does not allow")
+    return head

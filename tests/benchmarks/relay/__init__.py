@@ -1,0 +1,1 @@
+"""What the relay costs beside nginx, a Rust router and plain httpx: `make bench-relay`."""
