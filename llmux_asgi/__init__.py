@@ -160,8 +160,8 @@ _HOMES = (
     "backends",
     "_lease",
     "switcher",
-    "access",
     "upstream",
+    "access",
     "middleware",
     "app",
 )

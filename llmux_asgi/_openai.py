@@ -214,23 +214,23 @@ def error_event(exc: LLMuxError) -> bytes:
 def relayed_request_headers(headers: Headers, authorization: bytes | None = None) -> Headers:
     """Drop what belongs to the client's connection; host and length are set anew for the backend.
 
-    `authorization` is the backend's own, in place of any credential of the client's. The names are in lower case already, as
-    ASGI has them.
+    The names are in lower case already, as ASGI has them. `authorization` is the backend's own, in place of any credential of
+    the client's.
     """
     kept = [pair for pair in headers if pair[0] not in _NOT_SENT_UP]
     for name, value in headers:
         if name == b"connection" and value not in (b"keep-alive", b"close"):
             named = _tokens(value)
             kept = [pair for pair in kept if pair[0] not in named]
+    kept.append((b"accept-encoding", b"identity"))
     if authorization is not None:
         kept = without_credentials(kept)
         kept.append((b"authorization", authorization))
-    kept.append((b"accept-encoding", b"identity"))
     return kept
 
 
 def without_credentials(headers: Headers) -> Headers:
-    """Drop what may prove to somebody who the client is. An ASGI server that keeps upper case is no reason to pass it on."""
+    """Drop what may prove to somebody who the client is."""
     return [pair for pair in headers if pair[0].lower() not in _CREDENTIALS]
 
 

@@ -40,9 +40,10 @@ class LLMuxApp:
         app.mount("/llm", LLMuxApp("llmux.yaml"))
 
     `config` is a `Config`, a dict, or the path of a YAML, TOML or JSON file; `ConfigError` says what is wrong with it.
-    `policy` and `memory` (what reads the GPU) replace those of the configuration. `identify` is the host's own
-    authentication: called with the ASGI scope of each connection, it returns an `Identity`, or `None`; it may be async.
-    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`.
+    `policy` and `memory` (what reads the GPU) replace those of the configuration.
+    `upstream` is the HTTP client that carries the requests to the servers, by default an `Http1Upstream`. `identify` is
+    the host's own authentication: called with the ASGI scope of each connection, it returns an `Identity`, or `None`; it may
+    be async.
     The providers are OpenTelemetry's, by default the global ones.
 
     A mounted app's lifespan is not run by its host. It is not needed for serving: connections open when they are first
@@ -57,8 +58,8 @@ class LLMuxApp:
         meter_provider: MeterProvider | None = None,
         policy: SwitchPolicy | None = None,
         memory: MemoryGauge | None = None,
-        identify: Identify | None = None,
         upstream: Upstream | None = None,
+        identify: Identify | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
         self.switcher = ModelSwitcher.from_config(

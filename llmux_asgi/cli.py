@@ -15,6 +15,8 @@ try:
     from .access import hash_key, new_key
     from .config import json_schema
     from .exceptions import LLMuxError
+    from .importing import Program
+    from .importing.command import run as run_import
     from .sim import GpuOutOfMemoryError, SimOptions
     from .sim.vllm import serve
     from .simulate import TraceOptions
@@ -137,6 +139,19 @@ else:
             )
         except LLMuxError as error:
             _fail(f"simulate: {error}", 2)
+
+    @app.command("import")
+    def import_(
+        file: Annotated[Path, typer.Argument(help="Configuration of llmux (JSON, YAML) or llama-swap (YAML).")],
+        program: Annotated[Program | None, typer.Option("--from", help="Whose it is; default: told by its fields.")] = None,
+        output: Annotated[Path | None, typer.Option("-o", "--output", help="YAML file to write; default: stdout.")] = None,
+        json: Annotated[bool, typer.Option("--json", help="Print configuration and report as JSON.")] = False,
+    ) -> None:
+        """Import a configuration of llmux or llama-swap, and say of each field what became of it."""
+        try:
+            run_import(file, program, output, as_json=json)
+        except LLMuxError as error:
+            _fail(f"import: {error}", 2)
 
     @app.command("hash-key")
     def hash_one(

@@ -43,6 +43,7 @@ class Engine:
         self.options = options
         self.behaviour = Behaviour.of(options.version)
         self.count: Counter[str] = Counter()
+        self.control_calls: Counter[str] = Counter()
         self.dead = False
         self.withered = False
         self.stop_listening: Callable[[], None] = lambda: None
@@ -271,7 +272,7 @@ class Engine:
             if not self.behaviour.has_modes:
                 mode = "abort"
             if mode == "abort":
-                self._abort_all("abort")
+                self.abort_all("abort")
             self._set_pause(PauseState.PAUSED_ALL if mode == "keep" else PauseState.PAUSED_NEW)
             self._when_idle.append(when_paused)
             self._run_idle_callbacks()
@@ -339,7 +340,7 @@ class Engine:
             return
         self.dead = True
         self.record("crash", reason)
-        self._abort_all("error")
+        self.abort_all("error")
         self._loop.call_later(self.options.crash_seconds, os._exit, 1)
 
     def wither(self) -> None:
@@ -351,7 +352,7 @@ class Engine:
             return
         self.dead = self.withered = True
         self.record("crash", "over a control call")
-        self._abort_all("error")
+        self.abort_all("error")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._loop.call_later(self.options.crash_seconds, self.stop_listening)
 
@@ -402,14 +403,17 @@ class Engine:
             aborted=count["aborted"],
             disconnected=count["disconnected"],
             tokens=count["tokens"],
+            control_calls=dict(self.control_calls),
         )
 
-    def _abort_all(self, reason: str) -> None:
+    def abort_all(self, reason: str = "abort") -> int:
+        """End every request, with what it has; tell how many there were."""
         sequences = [*self._running, *self._waiting]
         self._waiting.clear()
         self.count["aborted"] += len(sequences)
         for sequence in sequences:
             self._end(sequence, reason)
+        return len(sequences)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def run() -> None:

@@ -1,44 +1,48 @@
-"""The routes that run the model: chat, completions, responses, messages, embeddings, scores."""
+"""The routes that generate: chat, completions, responses, messages. What is common to all that run the model is here too."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.types import Receive, Send
 
-from . import text, wire
+from . import text
 from .asgi import HttpError, read_body, send_body, send_json, wait_until_gone
+from .chat import CompletionWire, chat_wire
 from .engine import Engine, EngineDeadError
 from .faults import Fault, FaultPlan
+from .messages import messages_wire
+from .responses import ResponseStore, ResponsesWire
 from .sequence import Sequence
+from .tools import demanded
+from .wire import Ask, Wire
 
-__all__ = ["GENERATE_PATHS", "POOLING_PATHS", "check_model", "decode", "generate", "pool", "strike"]
+__all__ = [
+    "GENERATE_PATHS",
+    "Generator",
+    "answer",
+    "check_model",
+    "conversation",
+    "dead",
+    "decode",
+    "flatten",
+    "required",
+    "run_whole",
+    "strike",
+    "submit",
+    "tokens_of",
+]
 
 _BATCH = 64  # tokens in one write at most, so that a fast stream can be aborted between two
+_DEFAULT_TOKENS = 16
 
-_WIRES: dict[str, Callable[[str, int, bool], wire.Wire]] = {
-    "/v1/chat/completions": wire.ChatWire,
-    "/v1/completions": wire.CompletionWire,
-    "/v1/responses": wire.ResponsesWire,
-    "/v1/messages": wire.MessagesWire,
-}
-GENERATE_PATHS = frozenset(_WIRES)
-POOLING_PATHS = frozenset(
-    {
-        "/v1/embeddings",
-        "/pooling",
-        "/classify",
-        "/score",
-        "/v1/score",
-        "/rerank",
-        "/v1/rerank",
-        "/v2/rerank",
-    }
-)
+GENERATE_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+_ECHOED = ("instructions", "metadata", "temperature", "top_p", "tools", "tool_choice", "background", "previous_response_id")
 
 
 class _StreamOptions(msgspec.Struct):
@@ -50,20 +54,21 @@ class _Request(msgspec.Struct):
     prompt: Any = None
     messages: Any = None
     input: Any = None
+    system: Any = None
+    instructions: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-
-
-class _PoolingRequest(msgspec.Struct):
-    model: str | None = None
-    input: Any = None
-    query: Any = None
-    documents: list[Any] | None = None
-    text_1: Any = None
-    text_2: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    temperature: float | None = None
+    top_p: float | None = None
+    metadata: Any = None
+    background: bool | None = None
+    store: bool | None = None
+    previous_response_id: str | None = None
 
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
@@ -75,6 +80,13 @@ def decode(body: bytes, kind: type[_Body]) -> _Body:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HttpError(400, f"1 validation error: {error}", param="body") from None
+
+
+def required(value: object, name: str) -> None:
+    """Raise vLLM's 400 for the field `name` if it is left out."""
+    if value is None:
+        message = f"1 validation error:\n  {{'type': 'missing', 'loc': 'body.{name}', 'msg': 'Field required'}}"
+        raise HttpError(400, message, param=f"body.{name}")
 
 
 def check_model(engine: Engine, model: str | None) -> None:
@@ -102,7 +114,7 @@ async def strike(engine: Engine, faults: FaultPlan, kind: str, receive: Receive)
         os._exit(1)
     if fault.action == "crash":
         engine.crash("on demand")
-        raise HttpError(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+        raise dead()
     if fault.action == "fail":
         raise HttpError(int(fault.value), f"fault on demand: {kind}")
     if fault.action == "hang":
@@ -114,47 +126,144 @@ async def strike(engine: Engine, faults: FaultPlan, kind: str, receive: Receive)
     return fault
 
 
-def _flatten(value: object) -> str:
+def flatten(value: object) -> str:
     """A prompt as one text: strings, lists of parts, lists of token ids, messages."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
         if all(isinstance(item, int) for item in value):
             return text.detokenize(value)
-        return "".join(_flatten(item) for item in value)
+        return "".join(flatten(item) for item in value)
     if isinstance(value, dict):
         if "role" in value:
-            return f"{value['role']}: {_flatten(value.get('content'))}\n"
-        return _flatten(value.get("text", ""))
+            return f"{value['role']}: {flatten(value.get('content'))}\n"
+        return flatten(value.get("text", ""))
     return ""
 
 
-async def generate(engine: Engine, faults: FaultPlan, path: str, receive: Receive, send: Send) -> None:
-    """Answer one generation request, streaming or whole."""
-    request = decode(await read_body(receive), _Request)
-    check_model(engine, request.model)
-    source = {"/v1/completions": request.prompt, "/v1/responses": request.input}.get(path, request.messages)
-    field = {"/v1/completions": "prompt", "/v1/responses": "input"}.get(path, "messages")
-    if source is None or source == [] or source == "":
-        raise HttpError(400, f"{field} must be provided and non-empty.", kind="BadRequestError", param=field)
-    total = request.max_completion_tokens or request.max_output_tokens
-    if total is None:
-        total = 16 if request.max_tokens is None else request.max_tokens
-    if total < 1:
-        raise HttpError(400, f"max_tokens must be at least 1, got {total}.", kind="BadRequestError", param="max_tokens")
-    prompt = _flatten(source)
-    fault = await strike(engine, faults, "request", receive)
-    sequence = _submit(engine, prompt, total)
-    usage = bool(request.stream_options and request.stream_options.include_usage)
-    answer = _WIRES[path](engine.options.name, len(prompt.encode("utf-8", "surrogatepass")), usage)
+def conversation(messages: object, *before: object) -> str:
+    """A conversation as one text, a system prompt and the like first. Raises `HttpError` 400 if it is empty."""
+    if messages == []:
+        message = "Cannot apply chat template to an empty conversation. Provide at least one message."
+        raise HttpError(400, message, kind="BadRequestError")
+    return "".join(flatten(each) for each in (*before, messages))
+
+
+def tokens_of(prompt: str) -> int:
+    """How many tokens `text.tokenize` makes of a prompt."""
+    return len(prompt.encode("utf-8", "surrogatepass"))
+
+
+def submit(engine: Engine, prompt: str, total: int) -> Sequence:
+    """Take a request in. Raises `HttpError` if the engine is dead."""
+    try:
+        return engine.submit(prompt, total)
+    except EngineDeadError:
+        raise dead() from None
+
+
+def dead() -> HttpError:
+    """What is answered when the engine has died."""
+    return HttpError(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
+
+
+@dataclass
+class Generator:
+    """Answers generation requests of one server. `store` is None if the server keeps no responses."""
+
+    engine: Engine
+    faults: FaultPlan
+    store: ResponseStore | None
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def __call__(self, path: str, receive: Receive, send: Send) -> None:
+        """Answer one request, streaming or whole. Raises `HttpError`."""
+        request = decode(await read_body(receive), _Request)
+        check_model(self.engine, request.model)
+        if path == "/v1/messages":
+            required(request.max_tokens, "max_tokens")
+        prompt = _prompt(path, request)
+        call = demanded(request.tools, request.tool_choice) if path != "/v1/completions" else None
+        total = request.max_completion_tokens or request.max_output_tokens or request.max_tokens
+        if total is None:
+            total = _DEFAULT_TOKENS if call is None else len(call.pieces())
+        if total < 1:
+            raise HttpError(400, f"max_tokens must be at least 1, got {total}.", kind="BadRequestError", param="max_tokens")
+        fault = await strike(self.engine, self.faults, "request", receive)
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        echo = {name: value for name in _ECHOED if (value := getattr(request, name)) is not None}
+        ask = Ask(self.engine.options.name, tokens_of(prompt), total, usage, call, echo)
+        store = self.store if request.store is not False else None
+        if path == "/v1/responses" and request.background:
+            await self._background(ask, prompt, store, send)
+            return
+        sequence = submit(self.engine, prompt, total if call is None else min(total, len(call.pieces())))
+        wires: dict[str, Callable[[Ask], Wire]] = {
+            "/v1/chat/completions": chat_wire,
+            "/v1/completions": CompletionWire,
+            "/v1/messages": messages_wire,
+        }
+        wire = ResponsesWire(ask, store) if path == "/v1/responses" else wires[path](ask)
+        await answer(self.engine, sequence, wire, bool(request.stream), fault, receive, send)
+
+    async def _background(self, ask: Ask, prompt: str, store: ResponseStore | None, send: Send) -> None:
+        if store is None:
+            message = "This vLLM engine does not support `store=True` and therefore does not support the background mode."
+            raise HttpError(400, message, kind="invalid_request_error", param="background")
+        pieces = ask.tool.pieces() if ask.tool is not None else []
+        sequence = submit(self.engine, prompt, min(ask.max_tokens, len(pieces)) if pieces else ask.max_tokens)
+        wire = ResponsesWire(ask, store)
+        queued = wire.response("queued", [])
+        store.keep(queued)
+        task = asyncio.create_task(store.run(wire, sequence, lambda ready: _words(sequence, wire, ready)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await send_json(send, queued)
+
+
+def _prompt(path: str, request: _Request) -> str:
+    if path == "/v1/completions":
+        if request.prompt in (None, "", []):
+            message = "Either prompt or prompt_embeds must be provided and non-empty."
+            raise HttpError(400, message, kind="BadRequestError", param="prompt")
+        return flatten(request.prompt)
+    name = "input" if path == "/v1/responses" else "messages"
+    source = getattr(request, name)
+    required(source, name)
+    return conversation(source, request.system, request.instructions)
+
+
+def _words(sequence: Sequence, wire: Wire, ready: int) -> str:
+    if wire.ask.tool is not None:
+        return "".join(wire.ask.tool.pieces()[:ready])
+    return "".join([text.TOKENS[token] for token in sequence.tokens[:ready]])
+
+
+async def run_whole(engine: Engine, sequence: Sequence, receive: Receive) -> bool:
+    """Run what cannot be cut short to its end; False if its client has left. Raises `HttpError` if it was aborted."""
+    watch = asyncio.ensure_future(wait_until_gone(receive))
+    watch.add_done_callback(lambda task: None if task.cancelled() else engine.drop(sequence))
+    try:
+        await engine.produced(sequence, sequence.total)
+    finally:
+        watch.cancel()
+    if sequence.finish not in ("length", "gone"):
+        raise dead()
+    return sequence.finish == "length"
+
+
+async def answer(
+    engine: Engine, sequence: Sequence, wire: Wire, stream: bool, fault: Fault | None, receive: Receive, send: Send
+) -> None:
+    """Send what the engine makes of `sequence`; end it when the client leaves. Raises `HttpError`."""
     # The watch ends the sequence the moment its client leaves; without it the engine would generate for nobody.
     watch = asyncio.ensure_future(wait_until_gone(receive))
     watch.add_done_callback(lambda task: None if task.cancelled() else engine.drop(sequence))
     try:
-        if request.stream:
-            await _stream(engine, sequence, answer, fault, send)
+        if stream:
+            await _stream(engine, sequence, wire, fault, send)
         else:
-            await _whole(engine, sequence, answer, fault, send)
+            await _whole(engine, sequence, wire, fault, send)
         if fault is not None and fault.action == "stall":
             await watch
     finally:
@@ -162,27 +271,15 @@ async def generate(engine: Engine, faults: FaultPlan, path: str, receive: Receiv
         engine.drop(sequence)  # no-op but for a broken or stalled answer
 
 
-def _submit(engine: Engine, prompt: str, total: int) -> Sequence:
-    try:
-        return engine.submit(prompt, total)
-    except EngineDeadError:
-        raise _dead() from None
-
-
-def _dead() -> HttpError:
-    return HttpError(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
-
-
-async def _whole(engine: Engine, sequence: Sequence, answer: wire.Wire, fault: Fault | None, send: Send) -> None:
+async def _whole(engine: Engine, sequence: Sequence, wire: Wire, fault: Fault | None, send: Send) -> None:
     if fault is not None and fault.action == "stall":
         return
     ready = await engine.produced(sequence, sequence.total)
     if sequence.finish == "gone":
         return
     if sequence.finish == "error":
-        raise _dead()
-    words = "".join([text.TOKENS[token] for token in sequence.tokens[:ready]])
-    body = answer.whole(words, sequence.finish or "length", ready)
+        raise dead()
+    body = wire.whole(_words(sequence, wire, ready), sequence.finish or "length", ready)
     if fault is None:
         await send_body(send, 200, b"application/json", body)
         return
@@ -191,92 +288,46 @@ async def _whole(engine: Engine, sequence: Sequence, answer: wire.Wire, fault: F
     await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
 
 
-async def _stream(engine: Engine, sequence: Sequence, answer: wire.Wire, fault: Fault | None, send: Send) -> None:
+def _as_json(sequence: Sequence, wire: Wire) -> list[bytes]:
+    if wire.ask.tool is not None:
+        return [msgspec.json.encode(piece) for piece in wire.ask.tool.pieces()]
+    return [text.JSON_TOKENS[token] for token in sequence.tokens]
+
+
+async def _stream(engine: Engine, sequence: Sequence, wire: Wire, fault: Fault | None, send: Send) -> None:
     headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
     # As in vLLM the headers go out before the first token, even while the engine sleeps.
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     limit = sequence.total + 1 if fault is None else int(fault.value)
-    prefix, suffix, json_tokens = answer.prefix, answer.suffix, text.JSON_TOKENS
     sent = 0
-    first = answer.first()
-    if answer.eager:
-        await send({"type": "http.response.body", "body": first, "more_body": True})
-        first = b""
+    tokens: list[bytes] = []
+    if opening := wire.opening():
+        await send({"type": "http.response.body", "body": opening, "more_body": True})
     while True:
         ready = await engine.produced(sequence, sent + 1)
         finish = sequence.finish
         if finish == "gone":
             return
         if finish == "error":
-            await send({"type": "http.response.body", "body": wire.event(_dead().body()) + b"data: [DONE]\n\n"})
+            await send({"type": "http.response.body", "body": wire.failed(dead())})
             return
         if not ready and finish is not None:
-            await send({"type": "http.response.body", "body": answer.nothing()})
+            await send({"type": "http.response.body", "body": wire.nothing()})
             return
+        chunk = b""
+        if ready and not tokens:
+            tokens, chunk = _as_json(sequence, wire), wire.first()
         stop = min(ready, sent + _BATCH, limit)
         # The last token goes with the finish reason, unless the sequence was aborted: then that event is empty.
         plain = stop - 1 if stop == sequence.total else stop
-        chunks = [first] if ready else []
-        for token in sequence.tokens[sent:plain]:
-            chunks += (prefix, json_tokens[token], suffix)
+        chunk += wire.middle(sent, tokens[sent:plain])
         ended = finish is not None and stop == ready
         if ended:
-            last = json_tokens[sequence.tokens[-1]] if stop == sequence.total else b'""'
-            chunks.append(answer.last(last, finish or "length", ready))
-        if ready:
-            first = b""
-        await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not ended})
+            last = tokens[stop - 1] if stop == sequence.total else b'""'
+            chunk += wire.last(last, _words(sequence, wire, ready), finish or "length", ready)
+        await send({"type": "http.response.body", "body": chunk, "more_body": not ended})
         sent = stop
         if ended or sent >= limit:
             return  # at the limit the answer is incomplete: the server cuts the connection, unless it stalls
         if sent < ready:
             await asyncio.sleep(0)
-
-
-async def pool(engine: Engine, faults: FaultPlan, path: str, receive: Receive, send: Send) -> None:
-    """Answer one embedding, classification, score or rerank request: one step of the engine."""
-    request = decode(await read_body(receive), _PoolingRequest)
-    check_model(engine, request.model)
-    await strike(engine, faults, "request", receive)
-    inputs = request.input if isinstance(request.input, list) else [request.input]
-    if request.documents is not None:
-        inputs = request.documents
-    elif request.text_2 is not None:
-        inputs = request.text_2 if isinstance(request.text_2, list) else [request.text_2]
-    query = _flatten(request.query if request.query is not None else request.text_1)
-    texts = [_flatten(item) for item in inputs]
-    sequence = _submit(engine, query + "".join(texts), 1)
-    watch = asyncio.ensure_future(wait_until_gone(receive))
-    watch.add_done_callback(lambda task: None if task.cancelled() else engine.drop(sequence))
-    try:
-        await engine.produced(sequence, 1)
-    finally:
-        watch.cancel()
-    if sequence.finish == "gone":
-        return
-    if sequence.finish != "length":
-        raise _dead()  # a pooling answer cannot be cut short
-    model = engine.options.name
-    count = sum(len(item.encode("utf-8", "surrogatepass")) for item in [query, *texts])
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    if "rerank" in path:
-        scored = [(text.vector(model, query + item, 1)[0], index) for index, item in enumerate(texts)]
-        results: list[dict[str, Any]] = [
-            {"index": index, "document": {"text": texts[index]}, "relevance_score": score}
-            for score, index in sorted(scored, reverse=True)
-        ]
-        await send_json(send, {"id": "rerank-sim", "model": model, "usage": usage, "results": results})
-        return
-    data: list[dict[str, Any]] = []
-    for index, item in enumerate(texts):
-        entry: dict[str, Any] = {"index": index}
-        if "score" in path:
-            entry |= {"object": "score", "score": text.vector(model, query + item, 1)[0]}
-        elif path == "/classify":
-            entry |= {"label": "LABEL_0", "probs": [0.5, 0.5], "num_classes": 2}
-        elif path == "/pooling":
-            entry |= {"object": "pooling", "data": text.vector(model, item)}
-        else:
-            entry |= {"object": "embedding", "embedding": text.vector(model, item)}
-        data.append(entry)
-    await send_json(send, {"id": "pool-sim", "object": "list", "model": model, "data": data, "usage": usage})

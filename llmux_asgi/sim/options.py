@@ -31,6 +31,8 @@ class SimOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """`--enable-sleep-mode`: without it `/sleep` answers 200 and frees nothing."""
     dummy_weights: bool = False
     """`--load-format dummy`: there is nothing on disk that `reload_weights` could read."""
+    responses_store: bool = True
+    """`VLLM_ENABLE_RESPONSES_API_STORE=1`: `/v1/responses/{id}` finds what was answered, `background` is possible."""
     tokens_per_second: float = 1000.0
     """Rate of each request, whatever runs beside it; 0 is as fast as possible."""
     prefill_seconds: float = 0.0
@@ -118,3 +120,5 @@ class SimState(msgspec.Struct, frozen=True, kw_only=True):
     """Stopped because the client left."""
     tokens: int
     """Tokens handed out."""
+    control_calls: dict[str, int]
+    """Calls of each path that is no inference (`/sleep`, `/docs`, `/metrics`, `/health`…), by whatever method."""

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import parse_qs
 
@@ -21,13 +21,21 @@ import msgspec
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from . import text
-from .asgi import HttpError, read_body, send_body, send_error, send_json
+from .asgi import HttpError, read_body, send_error, send_json
+from .audio import AUDIO_PATHS, transcribe
+from .control import Control
 from .engine import Engine
 from .faults import Fault, FaultPlan
-from .generate import GENERATE_PATHS, POOLING_PATHS, check_model, decode, generate, pool, strike
-from .gpu import GpuLedger, GpuOutOfMemoryError
+from .generate import GENERATE_PATHS, Generator, decode
+from .gpu import GpuLedger
+from .info import Info
+from .messages import anthropic_body
+from .omni import OMNI_PATHS, make
 from .options import SimOptions
+from .pooling import POOLING_PATHS, pool
+from .realtime import realtime
+from .responses import ResponseStore
+from .routes import Query
 
 try:
     import uvloop
@@ -37,19 +45,6 @@ except ImportError:  # comes with the extra `server`, but not on every platform
     _new_event_loop = asyncio.new_event_loop
 
 __all__ = ["SimVLLM", "serve"]
-
-_Handler = Callable[[dict[str, list[str]], Receive, Send], Awaitable[None]]
-_MODES = ("abort", "wait", "keep")
-
-
-class _Rpc(msgspec.Struct):
-    method: str | None = None
-
-
-class _Tokenize(msgspec.Struct):
-    model: str | None = None
-    prompt: str = ""
-    tokens: list[int] = []
 
 
 class _Faults(msgspec.Struct, forbid_unknown_fields=True):
@@ -68,218 +63,90 @@ class SimVLLM:
             ledger = GpuLedger(options.gpu, total_mib=options.gpu_memory_mib, model=options.name)
         self.engine = Engine(options, ledger)
         self.engine.boot()
-        self._options = options
-        self._started = int(time.time())
         self._faults = FaultPlan()
         for spec in options.faults:
             self._faults.add(Fault.parse(spec))
-        self._routes: dict[tuple[str, str], _Handler] = {
-            ("GET", "/health"): self._health,
-            ("GET", "/ping"): self._health,
-            ("POST", "/ping"): self._health,
-            ("GET", "/version"): self._version,
-            ("GET", "/v1/models"): self._models,
-            ("GET", "/metrics"): self._metrics,
-            ("GET", "/openapi.json"): self._openapi,
-            ("POST", "/tokenize"): self._tokenize,
-            ("POST", "/detokenize"): self._detokenize,
+        self._store = ResponseStore(self.engine)
+        self._generate = Generator(self.engine, self._faults, self._store if options.responses_store else None)
+        info, control = Info(self.engine, self._faults), Control(self.engine, self._faults)
+        private = info.private() | control.always() | (control.development() if options.dev_mode else {})
+        self._private_paths = {path for _, path in private}
+        self._routes = info.public() | private
+        posts = GENERATE_PATHS | POOLING_PATHS | OMNI_PATHS | AUDIO_PATHS
+        self._paths = {path for _, path in self._routes} | posts
+        self._json_paths = self._paths - self._private_paths - AUDIO_PATHS
+        stored = [("GET", "/v1/responses/{response_id}"), ("POST", "/v1/responses/{response_id}/cancel")]
+        info.paths = [*self._routes, *(("POST", path) for path in posts), *stored]
+        self._routes |= {
             ("GET", "/sim/state"): self._state,
             ("POST", "/sim/faults"): self._add_faults,
             ("DELETE", "/sim/faults"): self._clear_faults,
         }
-        if options.dev_mode:
-            self._routes |= {
-                ("POST", "/sleep"): self._sleep,
-                ("POST", "/wake_up"): self._wake_up,
-                ("GET", "/is_sleeping"): self._is_sleeping,
-                ("POST", "/collective_rpc"): self._collective_rpc,
-                ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
-            }
-            if self.engine.behaviour.has_modes:
-                self._routes |= {
-                    ("POST", "/pause"): self._pause,
-                    ("POST", "/resume"): self._resume,
-                    ("GET", "/is_paused"): self._is_paused,
-                }
-        self._paths = {path for _, path in self._routes} | GENERATE_PATHS | POOLING_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        path, method = scope["path"], scope["method"]
-        try:
-            if method == "POST" and path in GENERATE_PATHS:
-                await generate(self.engine, self._faults, path, receive, send)
-            elif method == "POST" and path in POOLING_PATHS:
-                await pool(self.engine, self._faults, path, receive, send)
-            elif (handler := self._routes.get((method, path))) is not None:
-                query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-                await handler(query, receive, send)
-            elif path in self._paths:
-                await send_json(send, {"detail": "Method Not Allowed"}, 405)
+        """Answer one HTTP request, or serve one WebSocket."""
+        path = scope["path"]
+        if scope["type"] == "websocket":
+            if path == "/v1/realtime":
+                await realtime(self.engine, receive, send)
             else:
-                await send_json(send, {"detail": "Not Found"}, 404)
-        except HttpError as error:
-            await send_error(send, error)
-
-    # Control
-
-    async def _sleep(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        behaviour = self.engine.behaviour
-        raw_level = query.get("level", ["1"])[-1]
-        if raw_level not in ("0", "1", "2"):
-            raise HttpError(400, f"1 validation error: level must be 0, 1 or 2, not {raw_level!r}", param="query.level")
-        level = int(raw_level)
-        mode = self._mode(query) if behaviour.has_modes else "abort"
-        fault = await strike(self.engine, self._faults, "sleep", receive)
-        self._check_alive()
-        action, value = (fault.action, fault.value) if fault is not None else ("", 0.0)
-        if action != "lie":
-            await self.engine.sleep(level, mode, leak=action == "leak", extra=value)
-        if behaviour.sleep_answers_json:
-            await send_json(send, {"status": "sleeping", "level": level})
-        else:
-            await send_body(send, 200, b"", b"")
-
-    async def _wake_up(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        tags = query.get("tags")
-        fault = await strike(self.engine, self._faults, "wake", receive)
-        self._check_alive()
-        action, value = (fault.action, fault.value) if fault is not None else ("", 0.0)
-        awake = True
-        if action != "lie":
-            try:
-                awake = await self.engine.wake_up(tags, oom=action == "oom", extra=value)
-            except GpuOutOfMemoryError as error:
-                raise HttpError(500, f"Call to wake_up method failed: {error}") from None
-        if self.engine.behaviour.sleep_answers_json:
-            await send_json(send, {"status": "awake" if awake else "sleeping", "tags": tags})
-        else:
-            await send_body(send, 200, b"", b"")
-
-    async def _is_sleeping(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        await strike(self.engine, self._faults, "is_sleeping", receive)
-        self._check_alive()
-        await send_json(send, {"is_sleeping": await self.engine.is_sleeping()})
-
-    async def _pause(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        mode = self._mode(query)
-        self._check_alive()
-        await self.engine.pause(mode)
-        await send_json(send, {"status": "paused"})
-
-    async def _resume(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        self._check_alive()
-        self.engine.resume()
-        await send_json(send, {"status": "resumed"})
-
-    async def _is_paused(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        await send_json(send, {"is_paused": self.engine.paused})
-
-    async def _collective_rpc(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        rpc = decode(await read_body(receive), _Rpc)
-        if rpc.method is None:
-            raise HttpError(400, "Missing 'method' in request body")
-        self._check_alive()
-        if rpc.method != "reload_weights":
-            raise HttpError(500, f"Call to collective_rpc method failed: 'Worker' object has no attribute {rpc.method!r}")
-        await strike(self.engine, self._faults, "reload", receive)
+                await send({"type": "websocket.close"})
+            return
+        if (private := path.removesuffix("/")) in self._private_paths:
+            self.engine.control_calls[private] += 1
         try:
-            await self.engine.reload_weights()
-        except RuntimeError as error:
-            raise HttpError(500, f"Call to collective_rpc method failed: {error}") from None
-        await send_json(send, {"results": [None]})
+            await self._answer(scope, scope["method"], path, receive, send)
+        except HttpError as error:
+            if path.startswith("/v1/messages") and error.param != "body" and error.kind != "Bad Request":
+                await send_json(send, anthropic_body(error), error.status)
+            else:
+                await send_error(send, error)
 
-    async def _reset_prefix_cache(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        self._check_alive()
-        if self.engine.behaviour.sleep_answers_json:
-            await send_json(send, {"success": self.engine.running_and_waiting()[0] == 0})
+    async def _answer(self, scope: Scope, method: str, path: str, receive: Receive, send: Send) -> None:
+        content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+        if method == "POST" and path in self._json_paths and content_type.partition(";")[0].lower() != "application/json":
+            message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+            raise HttpError(400, message)
+        if method == "POST" and path in GENERATE_PATHS:
+            await self._generate(path, receive, send)
+        elif method == "POST" and path in POOLING_PATHS:
+            await pool(self.engine, self._faults, path, receive, send)
+        elif method == "POST" and path in AUDIO_PATHS:
+            await transcribe(self.engine, self._faults, path, content_type, receive, send)
+        elif method == "POST" and path in OMNI_PATHS:
+            await make(self.engine, self._faults, path, receive, send)
+        elif (handler := self._routes.get((method, path))) is not None:
+            query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            await handler(query, receive, send)
+        elif path.endswith("/") and path[:-1] in self._paths:
+            host = dict(scope["headers"]).get(b"host", b"")
+            location = b"http://" + host + path[:-1].encode()
+            await send({"type": "http.response.start", "status": 307, "headers": [(b"location", location)]})
+            await send({"type": "http.response.body"})
+        elif path.startswith("/v1/responses/"):
+            await self._stored(method, path.removeprefix("/v1/responses/"), send)
+        elif path in self._paths:
+            await send_json(send, {"detail": "Method Not Allowed"}, 405)
         else:
-            await send_body(send, 200, b"", b"")
+            await send_json(send, {"detail": "Not Found"}, 404)
 
-    @staticmethod
-    def _mode(query: dict[str, list[str]]) -> str:
-        mode = query.get("mode", ["abort"])[-1]
-        if mode not in _MODES:
-            message = f"1 validation error: mode must be 'abort', 'wait' or 'keep', not {mode!r}"
-            raise HttpError(400, message, param="query.mode")
-        return mode
-
-    def _check_alive(self) -> None:
-        if self.engine.dead:
-            raise HttpError(500, "EngineCore encountered an issue. See stack trace (above) for the root cause.")
-
-    # Information
-
-    async def _health(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        await strike(self.engine, self._faults, "health", receive)
-        await send_body(send, 503 if self.engine.dead and not self.engine.withered else 200, b"", b"")
-
-    async def _version(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        await send_json(send, {"version": self._options.version})
-
-    async def _models(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        card = {
-            "id": self._options.name,
-            "object": "model",
-            "created": self._started,
-            "owned_by": "vllm",
-            "root": self._options.name,
-            "parent": None,
-            "max_model_len": self._options.max_model_len,
-        }
-        await send_json(send, {"object": "list", "data": [card]})
-
-    async def _metrics(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        name = self._options.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        labels = f'engine="0",model_name="{name}"'
-        running, waiting = self.engine.running_and_waiting()
-        if self.engine.paused and not running:
-            waiting = 0  # vLLM writes these when the engine steps: requests that came since then are not seen
-        lines = [
-            "# TYPE vllm:num_requests_running gauge",
-            f"vllm:num_requests_running{{{labels}}} {running}.0",
-            "# TYPE vllm:num_requests_waiting gauge",
-            f"vllm:num_requests_waiting{{{labels}}} {waiting}.0",
-            "# TYPE vllm:engine_sleep_state gauge",
-        ]
-        states = ("awake", "weights_offloaded", "discard_all")
-        for state, value in zip(states, self.engine.sleep_metric(), strict=True):
-            lines.append(f'vllm:engine_sleep_state{{{labels},sleep_state="{state}"}} {value}.0')
-        await send_body(send, 200, b"text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]).encode())
-
-    async def _openapi(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        paths: dict[str, dict[str, object]] = {path: {"post": {}} for path in sorted(GENERATE_PATHS | POOLING_PATHS)}
-        for method, path in self._routes:
-            if not path.startswith("/sim/"):
-                paths.setdefault(path, {})[method.lower()] = {}
-        if "/sleep" in paths and self.engine.behaviour.has_modes:
-            level = {"type": "integer", "maximum": 2, "minimum": 0, "default": 1}
-            mode = {"type": "string", "enum": list(_MODES), "default": "abort"}
-            parameters = [
-                {"name": name, "in": "query", "required": False, "schema": schema}
-                for name, schema in (("level", level), ("mode", mode))
-            ]
-            paths["/sleep"]["post"] = {"parameters": parameters}
-        info = {"title": "FastAPI", "version": "0.1.0"}
-        await send_json(send, {"openapi": "3.1.0", "info": info, "paths": paths})
-
-    async def _tokenize(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        request = decode(await read_body(receive), _Tokenize)
-        check_model(self.engine, request.model)
-        ids = text.tokenize(request.prompt)
-        await send_json(send, {"count": len(ids), "max_model_len": self._options.max_model_len, "tokens": ids})
-
-    async def _detokenize(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
-        request = decode(await read_body(receive), _Tokenize)
-        check_model(self.engine, request.model)
-        await send_json(send, {"prompt": text.detokenize(request.tokens)})
+    async def _stored(self, method: str, rest: str, send: Send) -> None:
+        name, slash, action = rest.partition("/")
+        if (method, slash) == ("GET", ""):
+            await send_json(send, self._store.retrieve(name))
+        elif (method, action) == ("POST", "cancel"):
+            await send_json(send, self._store.cancel(name))
+        elif action in ("", "cancel"):
+            await send_json(send, {"detail": "Method Not Allowed"}, 405)
+        else:
+            await send_json(send, {"detail": "Not Found"}, 404)
 
     # For tests
 
-    async def _state(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
+    async def _state(self, query: Query, receive: Receive, send: Send) -> None:
         await send_json(send, self.engine.state())
 
-    async def _add_faults(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
+    async def _add_faults(self, query: Query, receive: Receive, send: Send) -> None:
         specs = decode(await read_body(receive), _Faults).faults
         try:
             faults = [Fault.parse(spec) for spec in specs]
@@ -289,7 +156,7 @@ class SimVLLM:
             self._faults.add(fault)
         await send_json(send, {"faults": specs})
 
-    async def _clear_faults(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
+    async def _clear_faults(self, query: Query, receive: Receive, send: Send) -> None:
         self._faults.clear()
         await send_json(send, {"faults": []})
 
@@ -351,7 +218,7 @@ async def _serve(options: SimOptions, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         lifespan="off",
-        ws="none",
+        ws="websockets-sansio",
         access_log=False,
         log_level="critical",
         timeout_graceful_shutdown=0,  # hanging requests are part of the game: cut them

@@ -39,7 +39,7 @@ class Http1Upstream:
         self._keepalive = keepalive
         self._max_idle = max_idle
         self._ssl_context = ssl_context
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: object = None
         self._pools: dict[str, Pool] = {}
         self._closer: AsyncGenerator[None] | None = None
 
@@ -94,7 +94,7 @@ class Http1Upstream:
         context = self._context() if origin.tls else None
         try:
             with anyio.move_on_after(limit):
-                if (loop := self._loop) is not None:
+                if isinstance(loop := self._loop, asyncio.AbstractEventLoop):
                     _, connection = await loop.create_connection(
                         partial(AsyncioConnection, loop, pool), origin.host, origin.port, ssl=context
                     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 
@@ -27,7 +26,7 @@ class HttpxUpstream:
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._given = transport
         self._made: httpx.AsyncHTTPTransport | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: object = None
 
     async def request(
         self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig

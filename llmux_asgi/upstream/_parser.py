@@ -10,12 +10,14 @@ import httptools
 from .._openai import Headers
 from ._protocol import UpstreamFault
 
-__all__ = ["MAX_HEAD", "MAX_HEADERS", "Connection", "Http1Response", "ResponseParser", "silence"]
+__all__ = ["MAX_HEAD", "MAX_HEADERS", "MAX_INTERIM", "Connection", "Http1Response", "ResponseParser", "silence"]
 
 MAX_HEADERS = 256
 """Header fields that an answer may have."""
 MAX_HEAD = 65536
 """Bytes of an answer's header fields; also what may come in a row without a byte of body: heads, interim answers, trailers."""
+MAX_INTERIM = 32
+"""Interim answers that may come before the answer."""
 
 _TOO_LARGE = "its headers are too large"
 _FRAMING = (b"content-length", b"transfer-encoding")
@@ -105,7 +107,18 @@ class ResponseParser:
     `chunked`, bare line ends, folded headers. After a fault, or bytes behind an answer, `reusable` is False for ever.
     """
 
-    __slots__ = ("_http", "_method", "_pending", "_pieces", "_refusal", "_response", "_silent", "on_body", "reusable")
+    __slots__ = (
+        "_http",
+        "_interim",
+        "_method",
+        "_pending",
+        "_pieces",
+        "_refusal",
+        "_response",
+        "_silent",
+        "on_body",
+        "reusable",
+    )
 
     def __init__(self) -> None:
         self._method = b""
@@ -116,6 +129,7 @@ class ResponseParser:
         self._http = httptools.HttpResponseParser(self)  # looks for its callbacks now
         self._silent = 0
         """Bytes since the last one of a body."""
+        self._interim = 0
         self._refusal = ""
         self.reusable = True
         """Whether another answer may follow the present one."""
@@ -124,7 +138,7 @@ class ResponseParser:
         """Have the answer to a request that is about to be sent put into `response`."""
         self._method = method
         self._response = response
-        self._silent = 0
+        self._silent = self._interim = 0
         self._pending = []
 
     def feed(self, data: bytes) -> None:
@@ -206,6 +220,9 @@ class ResponseParser:
         if status < 200:
             if status not in _INTERIM:
                 self._refuse(f"status {status} was not asked for")
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                self._refuse("too many interim answers")
             return
         response.headers, response.status = headers, status
         if self._method == b"HEAD":

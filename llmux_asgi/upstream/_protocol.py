@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -94,9 +95,9 @@ class Upstream(Protocol):
         ...
 
 
-def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the running event loop of asyncio, `None` under trio."""
+def running_loop() -> object:
+    """Return what is one and the same in one run of an event loop: asyncio's loop, or trio's token."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
-        return None
+        return sys.modules["trio"].lowlevel.current_trio_token()

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["RealServers", "real_server", "real_servers"]
 
 
+_TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+"""Without a parser vLLM refuses requests that demand a tool."""
+
+
 class RealServers(NamedTuple):
     """Two running servers whose models answer differently. Each one's `name` is the name of the field."""
 
@@ -47,7 +51,11 @@ def real_servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
                 servers = RealServers(
                     *(
                         RealServer(
-                            name, ensure_model(interpreter, cache_root() / "models", seed), interpreter, folder / f"{name}.log"
+                            name,
+                            ensure_model(interpreter, cache_root() / "models", seed),
+                            interpreter,
+                            folder / f"{name}.log",
+                            _TOOLS,
                         )
                         for seed, name in enumerate(RealServers._fields, start=1)
                     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from tests.benchmarks.pages import encode
 from tests.benchmarks.relay.load import Result
 
-__all__ = ["BASE", "GATEWAY", "ROUTER", "TRACED", "Report", "Run", "Verdict", "read", "verdicts", "write"]
+__all__ = ["BASE", "GATEWAY", "METRICS", "ROUTER", "TRACED", "Metric", "Report", "Run", "Verdict", "read", "verdicts", "write"]
 
 BASE, ROUTER, GATEWAY, TRACED = "direct", "vllm-router", "gateway", "gateway-sdk"
 MEMORY_MB = 70.0
@@ -80,10 +81,49 @@ class Report(msgspec.Struct):
         shares = [result.others / result.seconds for run in self.runs for result in run.loads.values()]
         return statistics.median(shares), max(shares)
 
-    def memory(self, candidate: str) -> tuple[float, float]:
-        """In MB: after the plain loads (median), and the highest of all rounds."""
-        runs = [run for run in self.runs if run.candidate == candidate]
-        return statistics.median(run.resident for run in runs), max(run.peak for run in runs)
+    def resident(self, candidate: str) -> float | None:
+        """Memory after the plain loads, in MB."""
+        found = [run.resident for run in self.runs if run.candidate == candidate]
+        return statistics.median(found) if any(found) else None
+
+    def peak(self, candidate: str) -> float | None:
+        """The most memory in any round, in MB."""
+        return max((run.peak for run in self.runs if run.candidate == candidate), default=0.0) or None
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """Something by which candidates are compared with vllm-router."""
+
+    title: str
+    load: str
+    value: Callable[[Report, str], float | None]
+    """Of a candidate; `None` if it was not measured, or has none."""
+    asked: Mapping[str, float] = {}
+    """By candidate: the ratio to vllm-router that is asked of it."""
+    less_is_better: bool = False
+
+    def ratio(self, report: Report, candidate: str) -> float | None:
+        """The candidate's value by vllm-router's."""
+        mine, theirs = self.value(report, candidate), self.value(report, ROUTER)
+        return mine / theirs if mine and theirs and mine > 0 and theirs > 0 else None
+
+
+def _requests(connections: int, asked: Mapping[str, float]) -> Metric:
+    load = f"plain {connections}"
+    title = f"requests/s, {connections} connection{'s' if connections > 1 else ''}"
+    return Metric(title, load, lambda report, name: report.rate(name, load), asked)
+
+
+METRICS = (
+    _requests(1, {}),
+    _requests(32, {GATEWAY: 0.8, TRACED: 0.5}),
+    _requests(256, {GATEWAY: 0.8, TRACED: 0.5}),
+    Metric("events/s in bursts", "burst", lambda report, name: report.events(name, "burst"), {GATEWAY: 3.0}),
+    Metric("added latency p50, 1 connection", "plain 1", Report.added, {GATEWAY: 1.3}, less_is_better=True),
+    Metric("CPU a request", "plain 32", lambda report, name: report.cpu(name, "plain 32"), less_is_better=True),
+    Metric("CPU of slow streams", "slow", lambda report, name: report.share(name, "slow"), less_is_better=True),
+    Metric("memory, peak", "slow", Report.peak, less_is_better=True),
+)
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -95,33 +135,29 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """Judge what there is, by the acceptance of the issue."""
+    """Judge what there is, by what issue 5 asks for."""
     found: list[Verdict] = []
-
-    def by_router(what: str, value: Callable[[str], float | None], limit: float, candidate: str = GATEWAY) -> None:
-        mine, theirs = value(candidate), value(ROUTER)
-        most = what.startswith("added")
-        asked = f"{candidate}: {what} at {'most' if most else 'least'} {limit:g} times vllm-router's"
-        if mine is None or theirs is None or theirs <= 0:
-            found.append(Verdict(asked, "not measured", None))
-        else:
-            ratio = mine / theirs
-            found.append(Verdict(asked, f"{ratio:.2f} times", ratio <= limit if most else ratio >= limit))
-
-    for count in (32, 256):
-        by_router(f"requests/s over {count} connections", lambda name, n=count: report.rate(name, f"plain {n}"), 0.8)  # type: ignore[misc]
-    by_router("added latency p50 over 1 connection", report.added, 1.3)
-    by_router("events/s in bursts", lambda name: report.events(name, "burst"), 3.0)
-    for count in (32, 256):
-        by_router(f"requests/s over {count} connections", lambda name, n=count: report.rate(name, f"plain {n}"), 0.5, TRACED)  # type: ignore[misc]
+    for metric in METRICS:
+        for candidate, limit in metric.asked.items():
+            ratio = metric.ratio(report, candidate)
+            asked = (
+                f"{candidate}: {metric.title}: at {'most' if metric.less_is_better else 'least'} {limit:g} times vllm-router's"
+            )
+            if ratio is None:
+                found.append(Verdict(asked, "not measured", None))
+                continue
+            reached = ratio <= limit if metric.less_is_better else ratio >= limit
+            errors = report.errors(candidate, metric.load)
+            text = f"{ratio:.2f} times" + (f", {errors:,} errors" if errors else "")
+            found.append(Verdict(asked, text, reached and not errors))
     slow = report.of(GATEWAY, "slow")
     asked = f"{GATEWAY}: {slow[0].connections if slow else 1000:,} slow streams without an error"
     errors, lost = report.errors(GATEWAY, "slow"), sum(result.lost for result in slow)
-    text = f"{errors} errors, {lost} events lost" if slow else "not measured"
+    text = f"{errors:,} errors, {lost:,} events lost" if slow else "not measured"
     found.append(Verdict(asked, text, errors == lost == 0 if slow else None))
-    if GATEWAY in report.candidates:
-        peak = report.memory(GATEWAY)[1]
-        found.append(Verdict(f"{GATEWAY}: at most {MEMORY_MB:.0f} MB of memory", f"peak {peak:.0f} MB", peak <= MEMORY_MB))
+    peak = report.peak(GATEWAY)
+    text = "not measured" if peak is None else f"peak {peak:.0f} MB"
+    found.append(Verdict(f"{GATEWAY}: at most {MEMORY_MB:.0f} MB of memory", text, None if peak is None else peak <= MEMORY_MB))
     return found
 
 
@@ -132,15 +168,7 @@ def read(data: bytes) -> Report:
 
 def write(report: Report) -> bytes:
     """As JSON, readable. Times are kept to a microsecond."""
-
-    def rounded(value: object) -> object:
-        if isinstance(value, float):
-            return round(value, 6)
-        if isinstance(value, dict):
-            return {key: rounded(each) for key, each in value.items()}
-        return [rounded(each) for each in value] if isinstance(value, list) else value
-
-    return msgspec.json.format(msgspec.json.encode(rounded(msgspec.to_builtins(report)))) + b"\n"
+    return encode(report, 6)
 
 
 def _median(results: Sequence[Result], value: Callable[[Result], float]) -> float | None:

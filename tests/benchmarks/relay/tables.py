@@ -1,49 +1,47 @@
-"""The report as tables."""
+"""The report as tables: in Markdown for the page, which reads well enough on a terminal too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
+from tests.benchmarks.pages import table
 from tests.benchmarks.relay.candidates import CANDIDATES
-from tests.benchmarks.relay.report import ROUTER, Report, verdicts
+from tests.benchmarks.relay.report import BASE, METRICS, Report, verdicts
 
 __all__ = ["BLOCKS"]
 
+_COUNTS = (1, 32, 256)
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
-    def line(cells: Sequence[str]) -> str:
-        places = enumerate(zip(cells, widths, strict=True))
-        return " | ".join(cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in places)
-
-    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
-    return "\n".join(f"| {line(cells)} |" for cells in (head, rule, *rows))
+def _conditions(report: Report) -> str:
+    rounds = max((len(report.of(name, "burst")) for name in report.candidates), default=0)
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    left_out = "".join(f" Left out: {name} ({why})." for name, why in report.left_out.items())
+    others, most = report.others
+    return (
+        f"Measured on {report.machine}, in {rounds} rounds and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
+        f"part in it took {others:.2f} of the cores meanwhile (median of all loads; at most {most:.2f}).{left_out}"
+    )
 
 
 def _verdicts(report: Report) -> str:
-    words = {True: "reached", False: "**missed**", None: "not measured"}
-    rows = [[each.asked, each.found, words[each.reached]] for each in verdicts(report)]
-    return _table(["asked", "found", ""], rows, 3)
+    words = {True: "reached", False: "**missed**", None: ""}
+    return table(["asked", "found", ""], [[each.asked, each.found, words[each.reached]] for each in verdicts(report)], 3)
 
 
 def _ratios(report: Report) -> str:
-    head = ["by vllm-router's", "requests/s at 1", "32", "256", "added p50", "CPU a request", "events/s", "memory"]
+    head = ["by vllm-router's", *(metric.title + (", less is better" if metric.less_is_better else "") for metric in METRICS)]
     rows = []
     for name in report.candidates:
-        pairs = [(report.rate(name, f"plain {count}"), report.rate(ROUTER, f"plain {count}")) for count in (1, 32, 256)]
-        if name != "direct":
-            pairs += [
-                (report.added(name), report.added(ROUTER)),
-                (report.cpu(name, "plain 32"), report.cpu(ROUTER, "plain 32")),
-            ]
-        else:
-            pairs += [(None, None), (None, None)]
-        pairs.append((report.events(name, "burst"), report.events(ROUTER, "burst")))
-        known = name != "direct" and ROUTER in report.candidates
-        pairs.append((report.memory(name)[1], report.memory(ROUTER)[1]) if known else (None, None))
-        rows.append([name, *(f"{mine / theirs:.2f}" if mine is not None and theirs else "" for mine, theirs in pairs)])
-    return _table(head, rows)
+        row = [name]
+        for metric in METRICS:
+            ratio = metric.ratio(report, name)
+            form = ".2f" if ratio is None or ratio >= 0.1 else ".3f"
+            row.append(
+                _figure(ratio, 1, form) + (" (errors)" if ratio is not None and report.errors(name, metric.load) else "")
+            )
+        rows.append(row)
+    return table(head, rows, 1)
 
 
 def _measured(report: Report) -> str:
@@ -51,19 +49,16 @@ def _measured(report: Report) -> str:
     head += ["CPU a request, µs", "MB"]
     rows = []
     for name in report.candidates:
-        loads = [f"plain {count}" for count in (1, 32, 256)]
-        row = [name, *(_count(report, name, load) for load in loads), _times(report, name, loads[0], 1e6, ".0f")]
-        row += [_times(report, name, load, 1e3, ".2f") for load in loads[1:]]
-        if name == "direct":
-            row += ["", "", ""]
-        else:
-            row += [
-                _figure(report.added(name), 1e6),
-                _figure(report.cpu(name, "plain 32"), 1e6),
-                f"{report.memory(name)[0]:.0f}",
-            ]
+        row = [
+            name,
+            *(_count(report, name, f"plain {count}") for count in _COUNTS),
+            _times(report, name, "plain 1", 1e6, ".0f"),
+        ]
+        row += [_times(report, name, f"plain {count}", 1e3, ".2f") for count in _COUNTS[1:]]
+        cpu = None if name == BASE else report.cpu(name, "plain 32")
+        row += [_figure(report.added(name) or None, 1e6), _figure(cpu, 1e6), _figure(report.resident(name), 1)]
         rows.append(row)
-    return _table(head, rows)
+    return table(head, rows, 1)
 
 
 def _streams(report: Report) -> str:
@@ -72,48 +67,34 @@ def _streams(report: Report) -> str:
     rows = []
     for name in report.candidates:
         slow = report.of(name, "slow")
-        first = _times(report, name, "stream 1", 1e6, ".0f", "first_")
-        row = [name, _count(report, name, "burst", events=True), first]
-        row += [str(report.errors(name, "slow")), str(sum(result.lost for result in slow))] if slow else ["", ""]
-        row.append(_times(report, name, "slow", 1e3, ".1f", "first_"))
-        row += (
-            ["", ""] if name == "direct" else [_figure(report.share(name, "slow"), 1, ".2f"), f"{report.memory(name)[1]:.0f}"]
-        )
+        row = [name, _count(report, name, "burst", events=True), _times(report, name, "stream 1", 1e6, ".0f", "first_")]
+        row += [f"{report.errors(name, 'slow'):,}", f"{sum(result.lost for result in slow):,}"] if slow else ["", ""]
+        share = None if name == BASE else report.share(name, "slow")
+        row += [_times(report, name, "slow", 1e3, ".1f", "first_"), _figure(share, 1, ".2f"), _figure(report.peak(name), 1)]
         rows.append(row)
-    return _table(head, rows)
-
-
-def _conditions(report: Report) -> str:
-    rounds = max((len(report.of(name, "burst")) for name in report.candidates), default=0)
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    left_out = "".join(f" Left out: {name}, because {why}." for name, why in report.left_out.items())
-    others, most = report.others
-    return (
-        f"Measured on {report.machine}, in {rounds} rounds and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
-        f"part in it took {others:.2f} of the cores meanwhile (median of all loads; at most {most:.2f}).{left_out}"
-    )
+    return table(head, rows, 1)
 
 
 def _candidates(report: Report) -> str:
-    return _table(["", "what it is"], [[name, CANDIDATES[name].what] for name in report.candidates], 2)
+    return table(["", "what it is"], [[name, CANDIDATES[name].what] for name in report.candidates], 2)
 
 
 def _count(report: Report, name: str, load: str, *, events: bool = False) -> str:
     value = report.events(name, load) if events else report.rate(name, load)
     errors = report.errors(name, load)
-    return _figure(value, 1, ",.0f") + (f" ({errors:,} errors)" if errors else "")
+    return _figure(value, 1) + (f" ({errors:,} errors)" if errors else "")
 
 
 def _times(report: Report, name: str, load: str, factor: float, form: str, prefix: str = "") -> str:
     values = [report.time(name, load, f"{prefix}{quantile}") for quantile in ("p50", "p99")]
-    return " / ".join(_figure(value, factor, form) for value in values) if None not in values else ""
+    return "" if None in values else " / ".join(_figure(value, factor, form) for value in values)
 
 
 def _figure(value: float | None, factor: float, form: str = ",.0f") -> str:
     return "" if value is None else format(value * factor, form)
 
 
-BLOCKS = {
+BLOCKS: Mapping[str, Callable[[Report], str]] = {
     "conditions": _conditions,
     "verdicts": _verdicts,
     "ratios": _ratios,

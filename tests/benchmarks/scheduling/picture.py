@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.benchmarks.pages import STYLE
 from tests.benchmarks.scheduling.report import Report, Row
 
 __all__ = ["draw"]
@@ -9,12 +10,6 @@ __all__ = ["draw"]
 WIDTH, LEFT, RIGHT, TOP = 760, 130, 70, 70
 BAR, GAP = 11, 14
 COLOURS = {"fifo": "#d55e00", "gated_quantum": "#0072b2", "pressure": "#56b4e9", "throughput": "#8a8a8a"}
-STYLE = """
-.ground { fill: #ffffff } .ink { fill: #1b1b1b } .faint { fill: #5c5c5c } .line { stroke: #d0d0d0 } .mark { stroke: #1b1b1b }
-@media (prefers-color-scheme: dark) {
-.ground { fill: #1e2129 } .ink { fill: #f0f0f0 } .faint { fill: #b0b0b0 } .line { stroke: #41454f } .mark { stroke: #f0f0f0 } }
-text { font: 12px system-ui, sans-serif } .title { font-size: 15px; font-weight: 600 } .small { font-size: 10.5px }
-"""
 
 
 def draw(report: Report) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from tests.benchmarks.pages import encode
+
 __all__ = ["DEFAULT", "Hour", "Report", "Row", "Seeded", "Verdict", "read", "verdicts", "write"]
 
 DEFAULT = "gated_quantum"
@@ -183,12 +185,4 @@ def read(data: bytes) -> Report:
 
 def write(report: Report) -> bytes:
     """As JSON, readable. Figures are kept to a thousandth."""
-
-    def rounded(value: object) -> object:
-        if isinstance(value, float):
-            return round(value, 3)
-        if isinstance(value, dict):
-            return {key: rounded(each) for key, each in value.items()}
-        return [rounded(each) for each in value] if isinstance(value, list) else value
-
-    return msgspec.json.format(msgspec.json.encode(rounded(msgspec.to_builtins(report)))) + b"\n"
+    return encode(report, 3)

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from tests.benchmarks import pages
+from tests.benchmarks.pages import table
 from tests.benchmarks.scheduling.loads import LOADS
 from tests.benchmarks.scheduling.report import DEFAULT, Report, Row, verdicts
 
 __all__ = ["BLOCKS", "PAGES", "fill"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table; the first `left` columns are text, the others figures."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        places = enumerate(zip(cells, widths, strict=True))
-        return " | ".join(cell.ljust(width) if place < left else cell.rjust(width) for place, (cell, width) in places)
-
-    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
-    return "\n".join(f"| {line(cells)} |" for cells in (head, rule, *rows))
 
 
 def _conditions(report: Report) -> str:
@@ -33,7 +23,7 @@ def _conditions(report: Report) -> str:
 
 
 def _loads(report: Report) -> str:
-    return _table(["load", "what it is"], [[load.name, load.what] for load in LOADS if load.name in report.loads], 2)
+    return table(["load", "what it is"], [[load.name, load.what] for load in LOADS if load.name in report.loads], 2)
 
 
 def _measured(report: Report) -> str:
@@ -51,7 +41,7 @@ def _measured(report: Report) -> str:
         "predicted",
         "not switching",
     ]
-    return _table(head, [_row(row) for row in report.rows], 2)
+    return table(head, [_row(row) for row in report.rows], 2)
 
 
 def _row(row: Row) -> list[str]:
@@ -74,7 +64,7 @@ def _row(row: Row) -> list[str]:
 
 def _verdicts(report: Report) -> str:
     rows = [[each.asked, each.found, "yes" if each.holds else "**no**"] for each in verdicts(report)]
-    return _table([f"what is asked of `{DEFAULT}`", "found", "holds"], rows, 3)
+    return table([f"what is asked of `{DEFAULT}`", "found", "holds"], rows, 3)
 
 
 def _hours(report: Report) -> str:
@@ -86,7 +76,7 @@ def _hours(report: Report) -> str:
         ratios = [f"{ratio:.1f}" for ratio in hour.by_bounds]
         floors = [f"{hour.clairvoyant:.2f}", ratios[0], f"{hour.non_anticipating:.2f}", ratios[1]]
         rows.append([*which, *waits, f"{hour.by_best:.2f}", *floors])
-    return _table(head, rows, 0)
+    return table(head, rows, 0)
 
 
 def _defaults(report: Report) -> str:
@@ -96,7 +86,7 @@ def _defaults(report: Report) -> str:
     for load in report.loads:
         found = [report.row(load, name) for name in report.policies]
         rows.append([load, *(f"{row.median('mean_wait'):.1f}" if row else "" for row in found)])
-    return _table(head, rows, 1)
+    return table(head, rows, 1)
 
 
 BLOCKS: Mapping[str, Callable[[Report], str]] = {
@@ -119,11 +109,4 @@ def fill(page: str, blocks: Sequence[str], report: Report) -> str:
 
     Raises `ValueError` if the page lacks one.
     """
-    for name in blocks:
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
-        before, found, rest = page.partition(begin)
-        _, also_found, after = rest.partition(end)
-        if not found or not also_found:
-            raise ValueError(f"the page has no place for {name}")
-        page = f"{before}{begin}\n{BLOCKS[name](report)}\n{end}{after}"
-    return page
+    return pages.fill(page, {name: BLOCKS[name](report) for name in blocks})

@@ -1,0 +1,98 @@
+"""The routes of models that do not generate: embeddings, pooling, classification, scores, ranks."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import time
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Send
+
+from . import text
+from .asgi import HttpError, read_body, send_json
+from .engine import Engine
+from .faults import FaultPlan
+from .generate import check_model, decode, flatten, run_whole, strike, submit, tokens_of
+from .wire import new_id
+
+__all__ = ["POOLING_PATHS", "pool"]
+
+_RERANK = ("/rerank", "/v1/rerank", "/v2/rerank")
+_SCORE = ("/score", "/v1/score")
+POOLING_PATHS = frozenset({"/v1/embeddings", "/pooling", "/classify", *_SCORE, *_RERANK})
+_PREFIX = {"/v1/embeddings": "embd-", "/pooling": "pool-", "/classify": "classify-"}
+
+
+class _Request(msgspec.Struct):
+    model: str | None = None
+    input: Any = None
+    messages: Any = None
+    query: Any = None
+    documents: list[Any] | None = None
+    top_n: int = 0
+    text_1: Any = None
+    text_2: Any = None
+    queries: Any = None
+    encoding_format: str = "float"
+
+    def texts(self, path: str) -> tuple[str, list[str]]:
+        """The query (empty if there is none), and the texts that are embedded, classified or compared with it."""
+        if path in _RERANK:
+            query, inputs = self.query, self.documents
+        elif path in _SCORE:
+            query = self.text_1 if self.text_1 is not None else self.queries
+            inputs = self.text_2 if self.text_2 is not None else self.documents
+        else:
+            query, inputs = None, self.messages if self.input is None else self.input
+        if inputs is None:
+            raise HttpError(400, "1 validation error: Field required", param="body.input")
+        whole = not isinstance(inputs, list) or (self.input is None and self.messages is not None)
+        one_of_tokens = isinstance(inputs, list) and bool(inputs) and all(isinstance(each, int) for each in inputs)
+        return flatten(query), [flatten(each) for each in ([inputs] if whole or one_of_tokens else inputs)]
+
+
+async def pool(engine: Engine, faults: FaultPlan, path: str, receive: Receive, send: Send) -> None:
+    """Answer one request: one step of the engine. Raises `HttpError`."""
+    request = decode(await read_body(receive), _Request)
+    check_model(engine, request.model)
+    query, texts = request.texts(path)
+    if request.encoding_format not in ("float", "base64"):
+        raise HttpError(400, f"encoding_format {request.encoding_format!r} is not simulated", param="encoding_format")
+    await strike(engine, faults, "request", receive)
+    sequence = submit(engine, query + "".join(texts), 1)
+    if not await run_whole(engine, sequence, receive):
+        return
+    model = engine.options.name
+    count = sum(tokens_of(item) for item in [query, *texts])
+    usage: dict[str, Any] = {"prompt_tokens": count, "total_tokens": count}
+    if path in _RERANK:
+        ranked = sorted(((_score(model, query, item), index) for index, item in enumerate(texts)), reverse=True)
+        results = [
+            {"index": index, "document": {"text": texts[index], "multi_modal": None}, "relevance_score": score}
+            for score, index in ranked[: request.top_n or len(texts)]
+        ]
+        await send_json(send, {"id": new_id("rerank-"), "model": model, "usage": usage, "results": results})
+        return
+    usage |= {"completion_tokens": 0, "prompt_tokens_details": None, "completion_tokens_details": None}
+    data = [_entry(path, model, query, item, index, request.encoding_format) for index, item in enumerate(texts)]
+    head = {"id": new_id(_PREFIX.get(path, "score-")), "object": "list", "created": int(time.time()), "model": model}
+    await send_json(send, {**head, "data": data, "usage": usage})
+
+
+def _score(model: str, query: str, item: str) -> float:
+    return text.vector(model, query + item, 1)[0]
+
+
+def _entry(path: str, model: str, query: str, item: str, index: int, encoding: str) -> dict[str, Any]:
+    if path in _SCORE:
+        return {"index": index, "object": "score", "score": _score(model, query, item)}
+    if path == "/classify":
+        return {"index": index, "label": "LABEL_0", "probs": [0.5, 0.5], "num_classes": 2}
+    vector: list[float] | str = text.vector(model, item)
+    if encoding == "base64":
+        vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    if path == "/pooling":
+        return {"index": index, "object": "pooling", "data": vector}
+    return {"index": index, "object": "embedding", "embedding": vector}
