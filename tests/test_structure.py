@@ -29,7 +29,8 @@ LAYERS = [
     ["policy._base"],
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
-    ["policy", "_queue", "_state", "_openai", "_admission", "_forecast", "_backoff", "telemetry"],
+    ["policy", "_queue", "_state", "_admission", "_forecast", "_backoff", "telemetry"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload"],
     [
         "_body",
         "upstream._protocol",
@@ -69,6 +70,7 @@ LAYERS = [
         "backends",
     ],
     ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
+    ["_responses"],
     ["middleware"],
     ["app"],
     [""],
@@ -87,7 +89,12 @@ PURE = [
     "_state",
     "_admission",
     "_forecast",
+    "_routes",
+    "_json_body",
+    "_form_body",
     "_openai",
+    "_errors",
+    "_payload",
     "_backoff",
 ]
 

@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._openai import PRIORITY_HEADER, Headers, describe, is_done, without_credentials
+from .._errors import describe
+from .._openai import PRIORITY_HEADER, is_done, without_credentials
+from .._routes import shape_of
 from ..config import Config
 from ..exceptions import AuthenticationError, ConfigError, LLMuxError, PermissionDeniedError
 from ._credentials import SUBPROTOCOL, find_credential, without_subprotocol
@@ -219,10 +221,7 @@ async def _refuse(exc: LLMuxError, scope: Scope, receive: Receive, send: Send) -
         logger.info("refused a request from %s: %s", client[0] if client else "an unknown address", exc)
     else:
         logger.error("%s", exc)
-    answer = describe(exc)
-    headers: Headers = answer.headers
-    if answer.status == 401:
-        headers = [*headers, (b"www-authenticate", b"Bearer")]
+    answer = describe(exc, shape_of(scope["path"]))
     kind = "http.response"
     if scope["type"] == "websocket":
         await receive()
@@ -230,5 +229,5 @@ async def _refuse(exc: LLMuxError, scope: Scope, receive: Receive, send: Send) -
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
             return
         kind = "websocket.http.response"
-    await send({"type": f"{kind}.start", "status": answer.status, "headers": headers})
+    await send({"type": f"{kind}.start", "status": answer.status, "headers": answer.headers})
     await send({"type": f"{kind}.body", "body": answer.body})

@@ -31,6 +31,7 @@ from ._models import (
     ModelConfig,
     PolicyConfig,
     PolicyName,
+    Task,
     TimeoutsConfig,
 )
 
@@ -49,6 +50,7 @@ __all__ = [
     "PolicyConfig",
     "PolicyName",
     "SecretConfig",
+    "Task",
     "TimeoutsConfig",
     "is_hash",
     "is_token",
