@@ -161,8 +161,10 @@ class LLMuxApp:
         if method == "POST" and (address := address_of(path)) is not None:
             await self._inference.serve(scope, receive, send, address)
             return
+        grant: Grant | None = scope.get(SCOPE_GRANT)
+        resolve = self.switcher.resolve if grant is None else grant.resolve
         try:
-            model, path = split_model_path(path, self.switcher.resolve) or (None, path)
+            model, path = split_model_path(path, resolve) or (None, path)
             if path == _MODELS or path.startswith(_MODELS + "/"):
                 content = self._models(scope, model, path.removeprefix(_MODELS).removeprefix("/"))
             else:

@@ -12,7 +12,7 @@ from llmux_asgi import Identity, RateLimitError
 from llmux_asgi.access._limits import Account, Charge, TokenBucket, reset_text
 from llmux_asgi.access._usage import UsageMeter, estimate
 
-PAUSES = st.lists(st.floats(0, 30), min_size=1, max_size=80)
+PAUSES = st.lists(st.floats(0, 30), min_size=1, max_size=25)
 
 
 def admitted(account: Account, now: float, tokens: float = 0.0) -> Charge | None:

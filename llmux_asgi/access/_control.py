@@ -38,6 +38,7 @@ Identify: TypeAlias = Callable[[Scope], Identity | Awaitable[Identity | None] | 
 
 _MOST_ACCOUNTS = 10_000
 """From so many on, those that have nothing to remember are forgotten."""
+_ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
 _NO_KEY = "No API key came with the request. Send it as authorization: Bearer KEY, or as x-api-key: KEY."
 
 
@@ -144,6 +145,11 @@ class Grant:
         models = self.identity.models
         return ANY_MODEL in models or any(self._resolve(each) == model for each in models)
 
+    def resolve(self, name: str) -> str | None:
+        """Return the model that a name or an alias stands for, `None` if there is none that the client may use."""
+        model = self._resolve(name)
+        return model if model is not None and self.allows(model) else None
+
     def require(self, named: str) -> None:
         """Raise `PermissionDeniedError` unless the client may use what it calls `named`.
 
@@ -222,6 +228,10 @@ async def _refuse(exc: LLMuxError, scope: Scope, receive: Receive, send: Send) -
     else:
         logger.error("%s", exc)
     answer = describe(exc, shape_of(scope["path"]))
+    headers = answer.headers
+    if scope.get("http_version", "").startswith("1") and any(name in _ANNOUNCE_A_BODY for name, _ in scope["headers"]):
+        # The body is not read, so the connection cannot be used again: not every server tells the client by itself.
+        headers.append((b"connection", b"close"))
     kind = "http.response"
     if scope["type"] == "websocket":
         await receive()
@@ -229,5 +239,5 @@ async def _refuse(exc: LLMuxError, scope: Scope, receive: Receive, send: Send) -
             await send({"type": "websocket.close", "code": 1008, "reason": "no valid API key"})
             return
         kind = "websocket.http.response"
-    await send({"type": f"{kind}.start", "status": answer.status, "headers": answer.headers})
+    await send({"type": f"{kind}.start", "status": answer.status, "headers": headers})
     await send({"type": f"{kind}.body", "body": answer.body})

@@ -17,6 +17,8 @@ __all__ = ["UsageMeter", "estimate"]
 
 _BYTES_PER_TOKEN = 4
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_LONGEST_KEY = 16
+"""Bytes from the beginning of such a key to its value."""
 _LONGEST_USAGE = 1024
 """Bytes of a usage object at most; vLLM's have less than 300."""
 _decoder = json.JSONDecoder()
@@ -61,14 +63,17 @@ class UsageMeter:
         """Read a further part of the answer, cut anywhere."""
         self._events += chunk.count(b"data:")
         data = self._tail + chunk
-        self._tail = data[-_LONGEST_USAGE:]
+        rest = max(0, len(data) - _LONGEST_KEY)
         # In the text of an answer quotes are escaped, so a model that writes of usage is not taken at its word.
         for found in _USAGE.finditer(data):
             try:
                 usage, _ = _decoder.raw_decode(data[found.end() : found.end() + _LONGEST_USAGE].decode("latin-1"))
             except (ValueError, RecursionError):
-                continue  # not all of it is here yet
-            self._note(usage)
+                if len(data) - found.end() < _LONGEST_USAGE:  # not all of it is here yet
+                    rest = min(rest, found.start())
+            else:
+                self._note(usage)
+        self._tail = data[rest:]
 
     @property
     def tokens(self) -> float:

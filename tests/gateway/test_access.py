@@ -42,6 +42,7 @@ LIMITS: dict[str, dict[str, Any]] = {
     "open": {},
     "only-a": {"models": ["gpt"]},
     "three": {"requests_per_minute": 3},
+    "anthropic": {"requests_per_minute": 1},
     "tokens": {"tokens_per_minute": 100},
     "stream": {"tokens_per_minute": 1000},
     "events": {"tokens_per_minute": 1000},
@@ -197,6 +198,17 @@ def test_a_key_for_some_models_learns_nothing_of_the_others(served: Gateway) -> 
     assert served.b.requests == []
 
 
+@pytest.mark.parametrize("path", ["v1/models", "v1/completions", "v1/nothing"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_path_that_names_a_model_tells_nothing_of_the_others_either(served: Gateway, path: str, method: str) -> None:
+    answers = [
+        served.client.request(method, f"/models/{model}/{path}", json={}, headers=bearer("only-a")) for model in ("b", "c")
+    ]
+    assert answers[0].status_code == answers[1].status_code == 404
+    assert answers[0].text.replace("'b'", "'c'") == answers[1].text
+    assert served.client.get("/models/gpt/v1/models", headers=bearer("only-a")).json()["data"][0]["id"] == "a"
+
+
 def test_the_models_that_a_key_may_use_are_listed(served: Gateway) -> None:
     def listed(name: str) -> list[str]:
         return [card["id"] for card in served.client.get("/v1/models", headers=bearer(name)).json()["data"]]
@@ -237,6 +249,22 @@ def request_span(name: str) -> dict[str, Any]:
 
     eventually("the span has ended", lambda: bool(ended()))
     return ended()[-1]
+
+
+# In the shape of the client's API
+
+
+def test_anthropics_clients_are_refused_in_their_own_shape(served: Gateway) -> None:
+    def refused(key: str, model: str) -> tuple[int, str]:
+        response = served.client.post("/v1/messages", json={"model": model}, headers={"x-api-key": key})
+        told = response.json()
+        assert told["type"] == "error"
+        return response.status_code, told["error"]["type"]
+
+    assert refused("nobody's-key-0123456789", "a") == (401, "authentication_error")
+    assert refused(key_of("only-a"), "b") == (403, "permission_error")
+    assert ask(served, bearer("anthropic")).status_code == 200
+    assert refused(key_of("anthropic"), "a") == (429, "rate_limit_error")
 
 
 # What is left
