@@ -14,7 +14,7 @@ from . import text
 from .asgi import HttpError, read_body, send_json
 from .engine import Engine
 from .faults import FaultPlan
-from .generate import check_model, decode, flatten, run_whole, strike, submit, tokens_of
+from .generate import decode, flatten, required, run_whole, strike, submit, tokens_of
 from .wire import new_id
 
 __all__ = ["POOLING_PATHS", "pool"]
@@ -36,30 +36,39 @@ class _Request(msgspec.Struct):
     text_2: Any = None
     queries: Any = None
     encoding_format: str = "float"
+    dimensions: int | None = None
 
     def texts(self, path: str) -> tuple[str, list[str]]:
         """The query (empty if there is none), and the texts that are embedded, classified or compared with it."""
+        query: Any = ""
         if path in _RERANK:
             query, inputs = self.query, self.documents
+            required(query, "query")
+            required(inputs, "documents")
         elif path in _SCORE:
             query = self.text_1 if self.text_1 is not None else self.queries
             inputs = self.text_2 if self.text_2 is not None else self.documents
+            required(query, "queries")
+            required(inputs, "documents")
         else:
-            query, inputs = None, self.messages if self.input is None else self.input
-        if inputs is None:
-            raise HttpError(400, "1 validation error: Field required", param="body.input")
-        whole = not isinstance(inputs, list) or (self.input is None and self.messages is not None)
-        one_of_tokens = isinstance(inputs, list) and bool(inputs) and all(isinstance(each, int) for each in inputs)
-        return flatten(query), [flatten(each) for each in ([inputs] if whole or one_of_tokens else inputs)]
+            inputs = [self.messages] if self.input is None and self.messages is not None else self.input
+            required(inputs, "input")
+        if not isinstance(inputs, list) or (inputs and all(isinstance(each, int) for each in inputs)):
+            inputs = [inputs]  # a text, or one as token ids
+        return flatten(query), [flatten(each) for each in inputs]
 
 
 async def pool(engine: Engine, faults: FaultPlan, path: str, receive: Receive, send: Send) -> None:
     """Answer one request: one step of the engine. Raises `HttpError`."""
     request = decode(await read_body(receive), _Request)
-    check_model(engine, request.model)
     query, texts = request.texts(path)
+    if request.model not in (None, engine.options.name):
+        raise HttpError(404, f"The model `{request.model}` does not exist.", kind="NotFoundError")
     if request.encoding_format not in ("float", "base64"):
-        raise HttpError(400, f"encoding_format {request.encoding_format!r} is not simulated", param="encoding_format")
+        raise HttpError(400, "1 validation error: 'float' or 'base64'", param="body.encoding_format")
+    if request.dimensions is not None:
+        message = f"Model {engine.options.name!r} does not support Matryoshka embeddings; dimensions must be unset."
+        raise HttpError(400, message, kind="BadRequestError")
     await strike(engine, faults, "request", receive)
     sequence = submit(engine, query + "".join(texts), 1)
     if not await run_whole(engine, sequence, receive):
