@@ -1,68 +1,25 @@
-"""OpenAI's API as the gateway touches it: the model's name in a body, error objects, headers, server-sent events. Pure."""
+"""OpenAI's API as the gateway touches it: headers, server-sent events. Pure."""
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
-from .exceptions import (
-    BodyTooLargeError,
-    InterruptedRequestError,
-    InvalidRequestError,
-    LLMuxError,
-    QueueFullError,
-    QueueTimeoutError,
-    SwitchError,
-    UnknownModelError,
-    UpstreamError,
-)
+from ._json_body import decode
 
 __all__ = [
-    "INFERENCE_ROUTES",
     "PRIORITY_HEADER",
-    "ErrorAnswer",
     "Headers",
     "InterruptedAnswer",
-    "RequestFields",
     "content_length",
-    "describe",
-    "error_answer",
-    "error_event",
     "is_done",
-    "model_of",
-    "read_fields",
     "relayed_request_headers",
     "relayed_response_headers",
     "split_events",
-    "with_model",
 ]
 
 Headers = list[tuple[bytes, bytes]]
-
-INFERENCE_ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/completions",
-        "/v1/embeddings",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-        "/v1/responses",
-        "/v1/score",
-        "/v1/rerank",
-        "/v2/rerank",
-        "/classify",
-        "/detokenize",
-        "/pooling",
-        "/rerank",
-        "/score",
-        "/tokenize",
-    }
-)
-"""The POST routes of vLLM that take JSON with a `model`. Nothing else is ever sent to a backend for a client."""
 
 _HOP_BY_HOP = frozenset(
     {
@@ -83,120 +40,6 @@ PRIORITY_HEADER = b"x-llmux-priority"
 _NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", PRIORITY_HEADER}
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
-
-
-# The request's body
-
-
-class RequestFields(msgspec.Struct):
-    """The fields of a request's body that matter here; the rest is not looked at."""
-
-    model: object = None
-    stream: object = False
-
-
-class _ChoiceFields(msgspec.Struct):
-    n: object = 1
-    prompt: object = None
-
-
-_T = TypeVar("_T")
-_fields = msgspec.json.Decoder(RequestFields)
-_choice_fields = msgspec.json.Decoder(_ChoiceFields)
-_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def read_fields(body: bytes) -> RequestFields:
-    """Read the fields of a JSON body. Raises `InvalidRequestError` if it is not a JSON object."""
-    return _decode(_fields, body)
-
-
-def model_of(fields: RequestFields) -> str:
-    """Return the model that a request names. Raises `InvalidRequestError`."""
-    if fields.model is None:
-        raise InvalidRequestError("You must provide a model parameter.", param="model")
-    if not isinstance(fields.model, str) or not fields.model:
-        raise InvalidRequestError("The model must be a string that is not empty.", param="model")
-    return fields.model
-
-
-def with_model(body: bytes, model: str) -> bytes:
-    """Return the JSON object `body` with `model` as its top-level model; all other values keep their bytes."""
-    if read_fields(body).model == model:
-        return body
-    members = _decode(_members, body)
-    members["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(members)
-
-
-def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as exc:
-        raise InvalidRequestError(f"The request body must be a JSON object: {exc}.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise InvalidRequestError(f"The request body is not valid JSON: {exc}.") from None
-    except RecursionError:
-        raise InvalidRequestError("The request body is nested too deeply.") from None
-
-
-# Errors
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorAnswer:
-    """How an error is told to a client."""
-
-    status: int
-    body: bytes
-    """OpenAI's error object as JSON."""
-    retry_after: int | None
-    """Seconds for the `Retry-After` header."""
-
-    @property
-    def headers(self) -> Headers:
-        """The answer's header pairs."""
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(self.body)).encode())]
-        if self.retry_after is not None:
-            headers.append((b"retry-after", str(self.retry_after).encode()))
-        return headers
-
-
-def error_answer(
-    status: int, message: str, kind: str, code: str | None, *, param: str | None = None, retry_after: float | None = None
-) -> ErrorAnswer:
-    """Put an error into OpenAI's shape. `retry_after` is in seconds."""
-    body = msgspec.json.encode({"error": {"message": message, "type": kind, "param": param, "code": code}})
-    return ErrorAnswer(status, body, None if retry_after is None else max(1, math.ceil(retry_after)))
-
-
-def describe(exc: LLMuxError) -> ErrorAnswer:
-    """Choose status, type and code for an error: the one place where that is done."""
-    text = str(exc)
-    match exc:
-        case UnknownModelError():
-            return error_answer(404, text, "invalid_request_error", "model_not_found", param="model")
-        case BodyTooLargeError():
-            return error_answer(413, text, "invalid_request_error", "request_too_large")
-        case InvalidRequestError():
-            return error_answer(400, text, "invalid_request_error", None, param=exc.param)
-        case QueueFullError():
-            return error_answer(429, text, "rate_limit_error", "rate_limit_exceeded", retry_after=exc.retry_after)
-        case QueueTimeoutError():
-            return error_answer(504, text, "server_error", "model_queue_timeout", retry_after=exc.retry_after)
-        case SwitchError():
-            return error_answer(503, text, "server_error", "model_switch_failed", retry_after=exc.retry_after)
-        case InterruptedRequestError():
-            return error_answer(503, text, "server_error", "request_interrupted", retry_after=exc.retry_after)
-        case UpstreamError():
-            return error_answer(502, text, "server_error", "upstream_error")
-        case _:
-            return error_answer(500, text, "server_error", "internal_error")
-
-
-def error_event(exc: LLMuxError) -> bytes:
-    """Return the server-sent event that tells of an error in the middle of a stream."""
-    return b"data: " + describe(exc).body + b"\n\n"
 
 
 # Headers
@@ -296,9 +139,17 @@ class InterruptedAnswer:
         return self._believable and _ABORTED.search(body) is None and finished >= _choices(self._request)
 
 
+class _ChoiceFields(msgspec.Struct):
+    n: object = 1
+    prompt: object = None
+
+
+_choice_fields = msgspec.json.Decoder(_ChoiceFields)
+
+
 def _choices(request: bytes) -> int:
     """How many choices a request asks for: `n` for each of its prompts."""
-    fields = _decode(_choice_fields, request)
+    fields = decode(_choice_fields, request)
     n = fields.n if isinstance(fields.n, int) else 1
     prompts = fields.prompt if isinstance(fields.prompt, list) else [fields.prompt]
     # A list of numbers is one prompt, in tokens.

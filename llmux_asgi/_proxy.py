@@ -15,17 +15,18 @@ from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
 from . import telemetry as names
+from ._errors import error_event
 from ._lease import Freeze, Lease
 from ._openai import (
     InterruptedAnswer,
     content_length,
-    error_event,
     is_done,
     relayed_request_headers,
     relayed_response_headers,
     split_events,
-    with_model,
 )
+from ._payload import payload
+from ._routes import Address, ErrorShape
 from ._upstream import HttpxUpstream, Upstream, UpstreamFault, UpstreamResponse
 from .config import ModelConfig, TimeoutsConfig
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
@@ -37,13 +38,14 @@ __all__ = ["Proxy"]
 
 SCOPE_LEASE = "llmux.lease"
 """Key of the ASGI scope under which the middleware hands the lease to the app that answers."""
-SCOPE_ROUTE = "llmux.route"
-"""Key of the ASGI scope with the request's path below the gateway's mount point."""
-
+SCOPE_ADDRESS = "llmux.address"
+"""Key of the ASGI scope with the request's `Address`: its route, and its path below the gateway's mount point."""
+SCOPE_NAMED = "llmux.named"
+"""Key of the ASGI scope with the model that the body names; `None`: it has not been looked at."""
 SCOPE_LAST_TRY = "llmux.last_try"
 """Key of the ASGI scope that says whether a request is sent for the last time."""
 
-_ERROR_EVENT = b'data: {"error"'
+_ERROR_EVENT: dict[ErrorShape, bytes] = {"openai": b'data: {"error"', "anthropic": b"event: error\n"}
 """What a server sends in a stream that its engine does not go on with."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
@@ -126,7 +128,7 @@ class _Relay:
         self._target = target
         self._upstream = upstream
         self._lease: Lease = scope[SCOPE_LEASE]
-        self._route: str = scope[SCOPE_ROUTE]
+        self._address: Address = scope[SCOPE_ADDRESS]
         self._started = False
         self._streams_events = False
         self._in_event = False
@@ -181,13 +183,15 @@ class _Relay:
                 await self._send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
 
     async def _relay(self, body: bytes) -> None:
-        body = with_model(body, self._target.served_name)
-        headers = relayed_request_headers(self._scope["headers"])
+        route, given = self._address.route, self._scope["headers"]
+        pieces = payload(route, given, body, self._target.served_name, named=self._scope[SCOPE_NAMED])
+        headers = relayed_request_headers(given)
         inject_headers(headers)
-        target = self._target.prefix + self._route.encode("ascii")
+        target = self._target.prefix + self._address.path.encode("ascii")
         if query := self._scope.get("query_string"):
             target += b"?" + query
-        exchange = self._upstream.request(b"POST", self._target.url, target, headers, body, self._target.timeouts)
+        method = self._scope["method"].encode("ascii")
+        exchange = self._upstream.request(method, self._target.url, target, headers, b"".join(pieces), self._target.timeouts)
         async with exchange as response:
             if response.status >= 500:
                 self._lease.distrust()  # its engine may have died
@@ -204,9 +208,9 @@ class _Relay:
             }
             # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
             if self._streams_events:
-                await self._relay_events(start, response.chunks, InterruptedAnswer(self._route, body))
+                await self._relay_events(start, response.chunks, InterruptedAnswer(route.path, body))
             elif self._lease.interrupted:
-                await self._relay_checked(start, response.chunks, InterruptedAnswer(self._route, body))
+                await self._relay_checked(start, response.chunks, InterruptedAnswer(route.path, body))
             else:
                 await self._relay_plain(start, response)
 
@@ -233,7 +237,7 @@ class _Relay:
             if self._in_event:
                 events, rest = events + rest, b""
             answer.note(events)
-            if _ERROR_EVENT in events:
+            if _ERROR_EVENT[self._address.route.errors] in events:
                 self._lease.distrust()
             if self._lease.interrupted and (cut := answer.cut_at(events)) is not None:
                 await self._pass_on(events[:cut])
@@ -279,7 +283,7 @@ class _Relay:
         logger.warning("%s", error)
         failed(trace.get_current_span(), error)
         if self._streams_events:
-            await self._pass_on(error_event(error), last=True)
+            await self._pass_on(error_event(error, self._address.route.errors), last=True)
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.
 
 

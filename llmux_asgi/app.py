@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from ._errors import describe
 from ._memory import MemoryGauge
-from ._openai import INFERENCE_ROUTES, ErrorAnswer, Headers, describe, error_answer
+from ._openai import Headers
 from ._proxy import Proxy
+from ._responses import ResponseModels
+from ._routes import Address, ErrorShape, address_of, find_route, methods_of, model_in_query, response_id, split_model_path
 from ._spawn import beside
 from .backends import with_ports
 from .config import ConfigSource, load_config
-from .exceptions import UnknownModelError
-from .middleware import LLMuxMiddleware, route_path
+from .exceptions import LLMuxError, MethodNotAllowedError, UnknownModelError, UnknownResponseError, UnknownRouteError
+from .middleware import MODEL_HEADER, LLMuxMiddleware, header_of, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
 from .telemetry import Telemetry
@@ -63,8 +67,13 @@ class LLMuxApp:
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
         )
+        self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
-            self._proxy, self.switcher, max_body=self.config.limits.max_body, request_log=self.config.request_log
+            self._responses,
+            self.switcher,
+            max_body=self.config.limits.max_body,
+            request_log=self.config.request_log,
+            tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
         )
         self._created = int(time.time())
 
@@ -118,35 +127,55 @@ class LLMuxApp:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = route_path(scope), scope["method"]
-        if path in INFERENCE_ROUTES:
-            if method == "POST":
-                await self._inference(scope, receive, send)
+        if method == "POST" and (address := address_of(path)) is not None:
+            await self._inference.serve(scope, receive, send, address)
+            return
+        try:
+            model, path = split_model_path(path, self.switcher.resolve) or (None, path)
+            if path == _MODELS or path.startswith(_MODELS + "/"):
+                content = self._models(scope, model, path.removeprefix(_MODELS).removeprefix("/"))
             else:
-                await _refuse(send, _not_allowed(method, path), [(b"allow", b"POST")])
-        elif path == _MODELS or path.startswith(_MODELS + "/"):
-            if method in ("GET", "HEAD"):
-                await self._list_models(path.removeprefix(_MODELS).removeprefix("/"), send)
-            else:
-                await _refuse(send, _not_allowed(method, path), [(b"allow", b"GET, HEAD")])
+                address = self._address(scope, model, path)
+                await self._inference.serve(scope, receive, send, address)
+                return
+        except LLMuxError as exc:
+            await _refuse(send, exc, "anthropic" if path.startswith("/v1/messages") else "openai")
         else:
-            message = f"Unknown request URL: {method} {path}. The gateway serves the inference routes of OpenAI's API only."
-            await _refuse(send, error_answer(404, message, "invalid_request_error", "unknown_url"))
+            await _answer_json(send, content)
 
-    async def _list_models(self, name: str, send: Send) -> None:
+    def _models(self, scope: Scope, only: str | None, asked: str) -> object:
+        """Return the list of the models, or one of them. `only` one exists for whom names it in the path."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise MethodNotAllowedError(scope["method"], _MODELS, ("GET", "HEAD"))
         cards = {
             model: {"id": model, "object": "model", "created": self._created, "owned_by": "llmux_asgi"}
             for model in self.switcher.models
+            if only is None or model == self.switcher.resolve(only)
         }
-        if not name:
-            await _answer_json(send, {"object": "list", "data": list(cards.values())})
-        elif (model := self.switcher.resolve(name)) is not None:
-            await _answer_json(send, cards[model])
-        else:
-            await _refuse(send, describe(UnknownModelError(name)))
+        if not asked:
+            return {"object": "list", "data": list(cards.values())}
+        if (model := self.switcher.resolve(asked)) not in cards:
+            raise UnknownModelError(asked)
+        return cards[model]
 
-
-def _not_allowed(method: str, path: str) -> ErrorAnswer:
-    return error_answer(405, f"Method {method} is not allowed for {path}.", "invalid_request_error", "method_not_allowed")
+    def _address(self, scope: Scope, model: str | None, path: str) -> Address:
+        """Find the route of a request that is not one of the plain ones. Raises `LLMuxError`."""
+        method = scope["method"]
+        if (route := find_route(method, path)) is None:
+            if allowed := methods_of(path):
+                raise MethodNotAllowedError(method, path, allowed)
+            raise UnknownRouteError(method, path)
+        address = Address(route, path, model)
+        if model is not None or (response := response_id(address)) is None:
+            return address
+        model = (
+            header_of(scope, MODEL_HEADER.encode("ascii"))
+            or model_in_query(scope["query_string"])
+            or self._responses.get(response)
+        )
+        if model is None:
+            raise UnknownResponseError(response)
+        return replace(address, model=model)
 
 
 async def _answer_json(send: Send, content: object) -> None:
@@ -156,8 +185,9 @@ async def _answer_json(send: Send, content: object) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _refuse(send: Send, answer: ErrorAnswer, headers: Headers | None = None) -> None:
-    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *(headers or [])]})
+async def _refuse(send: Send, exc: LLMuxError, shape: ErrorShape) -> None:
+    answer = describe(exc, shape)
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     await send({"type": "http.response.body", "body": answer.body})
 
 

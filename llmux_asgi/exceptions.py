@@ -5,7 +5,11 @@
     ├── PolicyError                 a switch policy broke its contract
     ├── InvalidRequestError         the request names no model, or is not JSON
     │   └── BodyTooLargeError       the request's body exceeds the limit
+    ├── UnknownRouteError           the gateway has no such path
+    ├── MethodNotAllowedError       the path has no such method
     ├── UnknownModelError           no model of that name or alias is configured
+    ├── UnservedRouteError          the model does not do what the path asks for
+    ├── UnknownResponseError        no model is known to have made the response that is asked for
     ├── QueueFullError              too many requests wait already
     ├── QueueTimeoutError           the model did not become active within `request_timeout`
     ├── SwitchError                 the switch that the request waited for failed, or is backing off
@@ -18,11 +22,12 @@
     │   └── BackendUnsupportedError the server cannot sleep safely (version, dev mode, sleep mode)
     └── UpstreamError               relaying one request to an awake server failed
 
-Which HTTP status each becomes is decided in one table, `llmux_asgi._openai.describe`.
+Which HTTP status each becomes is decided in one table, `llmux_asgi._errors.describe`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,17 +45,24 @@ __all__ = [
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxError",
+    "MethodNotAllowedError",
     "PolicyError",
     "QueueFullError",
     "QueueTimeoutError",
     "SwitchError",
     "UnknownModelError",
+    "UnknownResponseError",
+    "UnknownRouteError",
+    "UnservedRouteError",
     "UpstreamError",
 ]
 
 
 class LLMuxError(Exception):
     """Base class of all errors of this library."""
+
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    """Further headers of the answer that tells a client of it."""
 
 
 class ConfigError(LLMuxError):
@@ -75,6 +87,38 @@ class BodyTooLargeError(InvalidRequestError):
     def __init__(self, limit: int) -> None:
         super().__init__(f"The request body is larger than the limit of {limit} bytes.")
         self.limit = limit
+
+
+class UnknownRouteError(LLMuxError):
+    """Nothing is served under this path."""
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(f"Unknown request URL: {method} {path}. The gateway serves the inference routes of its API only.")
+
+
+class MethodNotAllowedError(LLMuxError):
+    """The path is served, and has other methods; they are in the header `Allow`."""
+
+    def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"Method {method} is not allowed for {path}.")
+        self.headers = ((b"allow", ", ".join(allowed).encode("ascii")),)
+
+
+class UnservedRouteError(LLMuxError):
+    """The model is configured with other tasks than the one that the path asks for."""
+
+    def __init__(self, model: str, path: str, tasks: Collection[str]) -> None:
+        super().__init__(f"The model {model!r} does not serve {path}. Its tasks are: {', '.join(tasks)}.")
+        self.model = model
+
+
+class UnknownResponseError(LLMuxError):
+    """The gateway does not know which model made a response: it is too long ago, or was another gateway."""
+
+    def __init__(self, response: str) -> None:
+        super().__init__(
+            f"The response {response!r} is not known here. If it should be, name its model: ?model=NAME or x-llmux-model."
+        )
 
 
 class UnknownModelError(LLMuxError):

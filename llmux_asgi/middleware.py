@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import anyio
@@ -12,10 +13,15 @@ from opentelemetry.trace import Span
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
+from ._errors import describe
+from ._json_body import named_model
 from ._lease import Lease
-from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length, describe, model_of, read_fields
-from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
+from ._openai import PRIORITY_HEADER, Headers, content_length
+from ._payload import read_payload
+from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
+from ._routes import INFERENCE_ROUTES, Address, Route, address_of
+from .config import Task
 from .exceptions import (
     BodyTooLargeError,
     InterruptedRequestError,
@@ -24,17 +30,22 @@ from .exceptions import (
     PolicyError,
     SwitchError,
     UnknownModelError,
+    UnservedRouteError,
     UpstreamError,
 )
 from .switcher import ModelSwitcher
 from .telemetry import failed
 
-__all__ = ["MODEL_HEADER", "LLMuxMiddleware", "route_path"]
+__all__ = ["MODEL_HEADER", "LLMuxMiddleware", "header_of", "route_path"]
 
 MODEL_HEADER = "x-llmux-model"
 """Request header that names the model in place of the body."""
+_MODEL_HEADER = MODEL_HEADER.encode("ascii")
 
 logger = logging.getLogger(__name__)
+
+# A failed switch is logged once, by the switcher; the rest is what the client has done.
+_NOT_LOGGED = (InvalidRequestError, UnknownModelError, UnservedRouteError, SwitchError, PolicyError)
 
 
 class LLMuxMiddleware:
@@ -42,9 +53,10 @@ class LLMuxMiddleware:
 
     It acts on POST requests whose path, below any mount prefix, is one of `paths`; everything else (other paths and
     methods, websockets, lifespan) reaches `app` untouched. The body is read up to `max_body` bytes and handed on whole; the
-    model is named by the header `x-llmux-model`, else by the JSON in the body. Requests for models that the switcher does
-    not know are answered with a 404, or with `unknown="pass"` go to `app` without a lease. The header `x-llmux-priority` names
-    the request's priority class.
+    model is named by the header `x-llmux-model`, else by the JSON in the body (on the routes of audio and image files: the
+    form). Requests for models that the switcher does not know are answered with a 404, or with `unknown="pass"` go to `app`
+    without a lease; so are requests for what is not among the `tasks` of the model, if it has any. The header
+    `x-llmux-priority` names the request's priority class.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
@@ -59,38 +71,56 @@ class LLMuxMiddleware:
         unknown: Literal["reject", "pass"] = "reject",
         max_body: int = 32 * 1024 * 1024,
         request_log: str | os.PathLike[str] | None = None,
+        tasks: Mapping[str, Collection[Task]] | None = None,
     ) -> None:
         self.app = app
         self.switcher = switcher
-        self.paths = frozenset(paths)
+        self.addresses = {path: address_of(path) or Address(Route(path, task=None), path) for path in paths}
+        self.tasks = tasks or {}
         self.unknown = unknown
         self.max_body = max_body
         self.request_log = RequestLog(request_log) if request_log is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope["method"] != "POST" or (route := route_path(scope)) not in self.paths:
+        address = self.addresses.get(route_path(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if address is None:
             await self.app(scope, receive, send)
-            return
-        attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: "POST", names.HTTP_ROUTE: route}
+        else:
+            await self.serve(scope, receive, send, address)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send, address: Address) -> None:
+        """Serve an HTTP request whose route is known, whatever its path and method are."""
+        route = address.route.path
+        attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: scope["method"], names.HTTP_ROUTE: route}
         if operation := names.OPERATIONS.get(route):
             attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
         with self.switcher.telemetry.request(scope["headers"], attributes) as span:
-            await _Responder(self, scope, receive, send, route, span).run()
+            await _Responder(self, scope, receive, send, address, span).run()
+
+    def require_task(self, model: str, address: Address) -> None:
+        """Raise `UnservedRouteError` if the model is configured not to do what a request asks for."""
+        tasks = self.tasks.get(model)
+        if tasks is not None and address.route.task is not None and address.route.task not in tasks:
+            raise UnservedRouteError(model, address.path, tasks)
 
 
 class _Responder:
     """One request: its body read ahead, its lease, how far its answer has come."""
 
-    def __init__(self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, route: str, span: Span) -> None:
+    def __init__(
+        self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
+    ) -> None:
         self._middleware = middleware
         self._switcher = middleware.switcher
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._route = route
+        self._address = address
         self._span = span
         self._body: bytes | None = None
+        self._named: str | None = None
+        """The model that the body names, if it was looked at."""
         self._replayed = False
         self._waited = 0.0
         self._priority: str | None = None
@@ -109,8 +139,9 @@ class _Responder:
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
+                self._middleware.require_task(model, self._address)
                 self._times.arrived()
-                self._priority = self._switcher.priority(model, self._header(PRIORITY_HEADER))
+                self._priority = self._switcher.priority(model, header_of(self._scope, PRIORITY_HEADER))
                 if self._priority is not None:
                     self._span.set_attribute(names.PRIORITY, self._priority)
                 await self._answer(model)
@@ -124,8 +155,8 @@ class _Responder:
             failed(self._span, exc)
             if isinstance(exc, SwitchError) and exc.switch is not None:
                 self._span.add_link(exc.switch)
-            if not isinstance(exc, (InvalidRequestError, UnknownModelError, SwitchError, PolicyError)):
-                logger.warning("%s", exc)  # a failed switch is logged once, by the switcher; a bad request is the client's
+            if not isinstance(exc, _NOT_LOGGED):
+                logger.warning("%s", exc)
             await self._refuse(exc)
         finally:
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
@@ -158,7 +189,8 @@ class _Responder:
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
-            scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route, SCOPE_LAST_TRY: last}
+            ours = {SCOPE_LEASE: lease, SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, SCOPE_LAST_TRY: last}
+            scope = {**self._scope, **ours}
             await self._middleware.app(scope, self._replay, self._watch_answer)
         finally:
             lease.release()
@@ -190,36 +222,38 @@ class _Responder:
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
-        if (named := self._header(MODEL_HEADER.encode("ascii"))) is not None:
+        if (named := self._address.model or header_of(self._scope, _MODEL_HEADER)) is not None:
             return named
-        fields = read_fields(self._body or b"")
-        self._times.stream = fields.stream is True
+        named, self._times.stream = read_payload(self._address.route, self._scope["headers"], self._body or b"")
         self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, self._times.stream)
-        return model_of(fields)
-
-    def _header(self, wanted: bytes) -> str | None:
-        headers: Headers = self._scope["headers"]
-        return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
+        self._named = named_model(named)
+        return self._named
 
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
         limit = self._middleware.max_body
         if (content_length(self._scope["headers"]) or 0) > limit:
             raise BodyTooLargeError(limit)
-        parts: list[bytes] = []
+        whole: io.BytesIO | None = None
         size = 0
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 self._note_disconnect()
                 return False
-            part = message.get("body", b"")
-            parts.append(part)
+            part: bytes = message.get("body", b"")
             size += len(part)
             if size > limit:
                 raise BodyTooLargeError(limit)
-            if not message.get("more_body", False):
-                self._body = parts[0] if len(parts) == 1 else b"".join(parts)
+            last = not message.get("more_body", False)
+            if whole is None and last:
+                self._body = part
+                return True
+            # Grows in place, and gives what it holds without a copy: joining the parts would hold everything twice.
+            whole = whole or io.BytesIO()
+            whole.write(part)
+            if last:
+                self._body = whole.getvalue()
                 return True
 
     async def _watch_client(self, waiting: anyio.CancelScope) -> None:
@@ -252,9 +286,15 @@ class _Responder:
             self._times.ended()
 
     async def _refuse(self, exc: LLMuxError) -> None:
-        answer = describe(exc)
+        answer = describe(exc, self._address.route.errors)
         await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
+
+
+def header_of(scope: Scope, wanted: bytes) -> str | None:
+    """Return the first value of a request header, `None` if there is none. `wanted` is in lower case."""
+    headers: Headers = scope["headers"]
+    return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
 
 def route_path(scope: Scope) -> str:

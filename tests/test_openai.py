@@ -3,115 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmux_asgi import (
-    BackendError,
-    BodyTooLargeError,
-    InterruptedRequestError,
-    InvalidRequestError,
-    LLMuxError,
-    PolicyError,
-    QueueFullError,
-    QueueTimeoutError,
-    SwitchError,
-    UnknownModelError,
-    UpstreamError,
-)
 from llmux_asgi._openai import (
     InterruptedAnswer,
-    describe,
-    error_event,
-    model_of,
-    read_fields,
     relayed_request_headers,
     relayed_response_headers,
     split_events,
-    with_model,
 )
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=10,
-)
-
-
-@pytest.mark.parametrize(
-    ("body", "model"),
-    [
-        (b'{"model": "a"}', "a"),
-        (b'{"messages": [{"model": "no"}], "x": {"model": "no"}, "model": "a"}', "a"),
-        (b'{"model": "a\\u00e9\\n/b"}', "aé\n/b"),
-        (b'{"mod\\u0065l": "a"}', "a"),
-        (b' \n{"model":"a"} ', "a"),
-        (b'{"model": "no", "model": "a"}', "a"),  # the last one counts, as in vLLM
-    ],
-)
-def test_the_top_level_model_is_found(body: bytes, model: str) -> None:
-    assert model_of(read_fields(body)) == model
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"7", b"\xff\xfe", b'{"a":' + b"[" * 100_000])
-def test_what_is_not_a_json_object_is_refused(body: bytes) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        read_fields(body)
-    assert caught.value.param is None
-
-
-@pytest.mark.parametrize("body", [b"{}", b'{"model": null}', b'{"model": 7}', b'{"model": ""}', b'{"model": ["a"]}'])
-def test_a_body_without_a_model_is_refused(body: bytes) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        model_of(read_fields(body))
-    assert caught.value.param == "model"
-
-
-def test_a_body_that_names_the_model_already_is_left_alone() -> None:
-    body = b'{ "model" :"a" }'
-    assert with_model(body, "a") is body
-
-
-def test_other_values_keep_their_bytes_when_the_model_is_rewritten() -> None:
-    body = b'{"t": 1.0, "big": 12345678901234567890123, "e": 1E5, "s": "\\u00e9", "model": "x"}'
-    assert with_model(body, 'b"\n') == (b'{"t":1.0,"big":12345678901234567890123,"e":1E5,"s":"\\u00e9","model":"b\\"\\n"}')
-
-
-@given(st.dictionaries(st.text(), json_values, max_size=5), st.text())
-def test_only_the_model_changes(content: dict[str, Any], model: str) -> None:
-    rewritten = json.loads(with_model(json.dumps({**content, "model": "before"}).encode(), model or "a"))
-    assert rewritten == {**content, "model": model or "a"}
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "code", "retry_after"),
-    [
-        (UnknownModelError("x"), 404, "model_not_found", None),
-        (InvalidRequestError("x", param="model"), 400, None, None),
-        (BodyTooLargeError(5), 413, "request_too_large", None),
-        (QueueFullError("x", "why", retry_after=70.5), 429, "rate_limit_exceeded", 71),
-        (QueueTimeoutError("x", 1.0, "why", retry_after=2.1), 504, "model_queue_timeout", 3),
-        (SwitchError("x", "why", retry_after=0.2), 503, "model_switch_failed", 1),
-        (InterruptedRequestError("x"), 503, "request_interrupted", 1),
-        (UpstreamError("x", "broke off."), 502, "upstream_error", None),
-        (PolicyError("x"), 500, "internal_error", None),
-        (BackendError("x"), 500, "internal_error", None),
-    ],
-)
-def test_every_error_has_its_status_and_code(error: LLMuxError, status: int, code: str | None, retry_after: int | None) -> None:
-    answer = describe(error)
-    content = json.loads(answer.body)["error"]
-    assert (answer.status, content["code"], answer.retry_after) == (status, code, retry_after)
-    assert content["message"] == str(error)
-    kind = "rate_limit_error" if status == 429 else "invalid_request_error"
-    assert content["type"] == (kind if status < 500 else "server_error")
-    headers = dict(answer.headers)
-    assert headers[b"content-length"] == str(len(answer.body)).encode()
-    assert headers.get(b"retry-after") == (str(retry_after).encode() if retry_after else None)
-    assert error_event(error) == b"data: " + answer.body + b"\n\n"
 
 
 def test_headers_of_the_connection_are_dropped_whatever_their_case() -> None:

@@ -29,7 +29,8 @@ LAYERS = [
     ["policy._base"],
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
-    ["policy", "_queue", "_state", "_openai", "_admission", "_forecast", "_backoff", "telemetry"],
+    ["policy", "_queue", "_state", "_admission", "_forecast", "_backoff", "telemetry"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload"],
     [
         "_body",
         "_upstream",
@@ -54,6 +55,7 @@ LAYERS = [
         "backends",
     ],
     ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
+    ["_responses"],
     ["middleware"],
     ["app"],
     [""],
@@ -61,7 +63,8 @@ LAYERS = [
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
 CONFIG = ["config/__init__", "config/_models", "config/_load"]
-PURE = ["exceptions", *CONFIG, *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_openai", "_backoff"]
+PURE = ["exceptions", *CONFIG, *POLICIES, "_estimates", "_queue", "_state", "_admission", "_forecast", "_backoff"]
+PURE += ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload"]
 
 
 def module_of(path: Path) -> str:

@@ -30,6 +30,7 @@ from ._models import (
     ModelConfig,
     PolicyConfig,
     PolicyName,
+    Task,
     TimeoutsConfig,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "ModelConfig",
     "PolicyConfig",
     "PolicyName",
+    "Task",
     "TimeoutsConfig",
     "json_schema",
     "load_config",

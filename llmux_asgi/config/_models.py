@@ -27,6 +27,7 @@ __all__ = [
     "ProbeKind",
     "ServerKind",
     "SleepLevel",
+    "Task",
     "TimeoutsConfig",
 ]
 
@@ -38,6 +39,7 @@ SleepLevel: TypeAlias = Literal[1, 2, 3]
 ProbeKind: TypeAlias = Literal["none", "token", "fingerprint"]
 MemoryCheckKind: TypeAlias = Literal["none", "nvml"]
 ServerKind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama"]
+Task: TypeAlias = Literal["generate", "embed", "pooling", "classify", "score", "transcription", "realtime", "speech", "image"]
 PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1)]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
@@ -117,6 +119,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _Name | None, Meta(description="The name that the server knows the model by; null: the same name.")
     ] = None
     aliases: Annotated[tuple[_Name, ...], Meta(description="Further names that clients may use.")] = ()
+    tasks: Annotated[
+        Annotated[tuple[Task, ...], Meta(min_length=1)] | None,
+        Meta(description="What the model can do; requests for anything else get a 404 and cause no switch. null: all."),
+    ] = None
     sleep_level: Annotated[
         SleepLevel | None,
         Meta(description="1: weights kept in CPU memory, 2: discarded and reloaded, 3: process stopped; null: the policy's."),

@@ -24,7 +24,8 @@ from llmux_asgi import (
     load_config,
     telemetry,
 )
-from llmux_asgi._openai import INFERENCE_ROUTES, describe
+from llmux_asgi._errors import describe
+from llmux_asgi._routes import ROUTES, find_route
 from llmux_asgi.backends import build_backend
 from llmux_asgi.sim import SimProcess
 
@@ -174,7 +175,11 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
         exceptions.PolicyError: exceptions.PolicyError("why"),
         exceptions.InvalidRequestError: exceptions.InvalidRequestError("why"),
         exceptions.BodyTooLargeError: exceptions.BodyTooLargeError(1),
+        exceptions.UnknownRouteError: exceptions.UnknownRouteError("GET", "/x"),
+        exceptions.MethodNotAllowedError: exceptions.MethodNotAllowedError("GET", "/x", ("POST",)),
         exceptions.UnknownModelError: exceptions.UnknownModelError("m"),
+        exceptions.UnservedRouteError: exceptions.UnservedRouteError("m", "/x", ("embed",)),
+        exceptions.UnknownResponseError: exceptions.UnknownResponseError("r"),
         exceptions.QueueFullError: exceptions.QueueFullError("m", "why"),
         exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
         exceptions.SwitchError: exceptions.SwitchError("m", "why"),
@@ -184,7 +189,7 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
     # These never reach a client: a configuration is refused at the start, and a backend's error fails a switch.
     internal = {"LLMuxError", "ConfigError", *(name for name in exceptions.__all__ if name.startswith("Backend"))}
     assert {kind.__name__ for kind in made} == set(exceptions.__all__) - internal
-    expected = {("404", "unknown_url"): False, ("405", "method_not_allowed"): False}
+    expected: dict[tuple[str, str], bool] = {}
     for error in made.values():
         answer = describe(error)
         code = json.loads(answer.body)["error"]["code"]
@@ -203,9 +208,19 @@ def test_every_span_attribute_and_metric_is_documented() -> None:
     assert [name for name in names if name not in text] == []
 
 
-def test_every_relayed_route_is_documented() -> None:
-    text = (ROOT / "docs" / "mounting.md").read_text()
-    assert {route for route in INFERENCE_ROUTES if f"`{route}`" not in text} == set()
-    # and none that is not relayed
-    table = [cell for row in rows(ROOT / "docs" / "mounting.md") for cell in row if cell.startswith("`/")]
-    assert {route for cell in table for route in re.findall(r"`(/[^`]+)`", cell)} == INFERENCE_ROUTES
+def api_routes(columns: int) -> list[list[str]]:
+    """The rows of the API's tables that have so many columns: 5 for what is relayed, 3 for the rest."""
+    return [row for row in rows(ROOT / "docs" / "api.md") if len(row) == columns and row[1].startswith("`")]
+
+
+def test_the_table_of_the_relayed_routes_is_the_list_of_the_code() -> None:
+    assert [(row[0], row[1].strip("`"), row[2], row[3]) for row in api_routes(5)] == [
+        (route.method, route.path, {"json": "JSON", "form": "form", None: "none"}[route.body], route.task or "any")
+        for route in ROUTES
+    ]
+
+
+def test_a_route_that_is_said_to_be_refused_is_none_of_the_gateways() -> None:
+    refused = [(method, path.strip("`")) for method, path, _ in api_routes(3)]
+    assert len(refused) == len(set(refused)) > 50
+    assert [path for method, path in refused if find_route(method, path) is not None] == []

@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from llmux_asgi import ConfigError, LLMuxApp
-from llmux_asgi._openai import INFERENCE_ROUTES
+from llmux_asgi._routes import INFERENCE_ROUTES
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import echo
 from tests.support.serve import EventLoop, free_port, serve
