@@ -1,4 +1,4 @@
-"""`/v1/audio/speech`, `/v1/images/generations`, `/v1/images/edits` (a form): not vLLM's, but those of vLLM-Omni, which is served in the same way.
+"""Speech and images, as vLLM-Omni makes them: vLLM has no such routes, but the servers are served in the same way.
 
 Source: vllm-project/vllm-omni, `entrypoints/openai/protocol/audio.py` and `images.py`. Sound and picture are real files that
 depend on the model and the prompt: a WAV of noise, and a PNG of one pixel.

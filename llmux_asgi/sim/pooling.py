@@ -39,7 +39,7 @@ class _Request(msgspec.Struct):
     encoding_format: str = "float"
     dimensions: int | None = None
     texts: list[str] | None = None
-    embedding_types: list[str] = ["float"]
+    embedding_types: tuple[str, ...] = ("float",)
 
     def inputs(self, path: str) -> tuple[str, list[str]]:
         """The query (empty if there is none), and the texts that are embedded, classified or compared with it."""
