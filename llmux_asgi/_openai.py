@@ -10,7 +10,11 @@ from typing import TypeVar
 import msgspec
 
 from .exceptions import (
+    BodyTimeoutError,
     BodyTooLargeError,
+    BuffersFullError,
+    EncodedBodyError,
+    HeadersTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
@@ -80,7 +84,7 @@ _HOP_BY_HOP = frozenset(
 PRIORITY_HEADER = b"x-llmux-priority"
 """Request header that names the request's priority class."""
 # Answers are looked into, event by event, so they must come as they are. A priority is the gateway's affair.
-_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", PRIORITY_HEADER}
+_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", b"x-llmux-model", PRIORITY_HEADER}
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
 
@@ -142,6 +146,8 @@ def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
 
 # Errors
 
+_ADDRESS = re.compile(r"https?://[^\s/:\]]*(?:\[[^\]\s]*\])?(?::\d+)?[^\s:'\"]*")
+
 
 @dataclass(frozen=True, slots=True)
 class ErrorAnswer:
@@ -172,12 +178,20 @@ def error_answer(
 
 def describe(exc: LLMuxError) -> ErrorAnswer:
     """Choose status, type and code for an error: the one place where that is done."""
-    text = str(exc)
+    text = _for_clients(str(exc))
     match exc:
         case UnknownModelError():
             return error_answer(404, text, "invalid_request_error", "model_not_found", param="model")
         case BodyTooLargeError():
             return error_answer(413, text, "invalid_request_error", "request_too_large")
+        case BodyTimeoutError():
+            return error_answer(408, text, "invalid_request_error", "request_timeout")
+        case EncodedBodyError():
+            return error_answer(415, text, "invalid_request_error", "unsupported_content_encoding")
+        case HeadersTooLargeError():
+            return error_answer(431, text, "invalid_request_error", "headers_too_large")
+        case BuffersFullError():
+            return error_answer(503, text, "server_error", "buffers_full", retry_after=exc.retry_after)
         case InvalidRequestError():
             return error_answer(400, text, "invalid_request_error", None, param=exc.param)
         case QueueFullError():
@@ -192,6 +206,14 @@ def describe(exc: LLMuxError) -> ErrorAnswer:
             return error_answer(502, text, "server_error", "upstream_error")
         case _:
             return error_answer(500, text, "server_error", "internal_error")
+
+
+def _for_clients(message: str) -> str:
+    """Leave out what is for the log only: addresses of servers, and lines that a process wrote."""
+    first, cut, _ = message.partition("\n")
+    if cut:
+        first = first.removesuffix(":") + " are in the gateway's log."
+    return _ADDRESS.sub("the server", first)
 
 
 def error_event(exc: LLMuxError) -> bytes:

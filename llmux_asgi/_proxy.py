@@ -27,6 +27,7 @@ from ._openai import (
     with_model,
 )
 from ._upstream import HttpxUpstream, Upstream, UpstreamFault, UpstreamResponse
+from ._waiting import SendWatch
 from .config import ModelConfig, TimeoutsConfig
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
@@ -58,6 +59,9 @@ class Proxy:
 
     While a request is frozen its client gets a comment in the stream every `heartbeat` seconds. `max_frozen` seconds of that
     are allowed for beside the silence that `timeouts.read` allows a server.
+
+    A client that does not take a part of its answer for `write_timeout` seconds is dropped and its lease given back: it must
+    not hold up a switch.
     """
 
     def __init__(
@@ -67,10 +71,12 @@ class Proxy:
         *,
         heartbeat: float = 10.0,
         max_frozen: float = 0.0,
+        write_timeout: float = 60.0,
     ) -> None:
         self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
         self._upstream = upstream or HttpxUpstream()
         self._heartbeat = heartbeat
+        self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
@@ -78,7 +84,9 @@ class Proxy:
         if body is None:
             return
         async with anyio.create_task_group() as tasks:
-            relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
+            watched = SendWatch(send, self._write_timeout, tasks.start_soon)
+            relay = _Relay(scope, watched, self._targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
+            watched.stalled = partial(relay.give_up, tasks.cancel_scope)
             tasks.start_soon(_watch_client, receive, relay, tasks.cancel_scope)
             await relay.run(body)
             tasks.cancel_scope.cancel()
@@ -266,6 +274,13 @@ class _Relay:
             # put its connection in order (hypercorn starts a timer), which must not be cancelled.
             self.ended = last
             await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    def give_up(self, exchange: anyio.CancelScope) -> None:
+        """The client does not read its answer: end the exchange. Nothing more can be told to it."""
+        logger.warning("a client of the model %r does not read its answer: it is dropped", self._lease.model)
+        failed(trace.get_current_span(), TimeoutError("the client did not read its answer"))
+        self._lease.release()  # at once: there are servers that shield the send that it hangs in
+        exchange.cancel()
 
     def _interrupted(self) -> LLMuxError:
         if error := self._frozen_too_long or self._lease.error:

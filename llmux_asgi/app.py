@@ -17,7 +17,7 @@ from ._proxy import Proxy
 from ._spawn import beside
 from .backends import with_ports
 from .config import ConfigSource, load_config
-from .exceptions import UnknownModelError
+from .exceptions import UnknownModelError, quoted
 from .middleware import LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
@@ -62,9 +62,16 @@ class LLMuxApp:
             self.config.models,
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
+            write_timeout=self.config.limits.write_timeout,
         )
         self._inference = LLMuxMiddleware(
-            self._proxy, self.switcher, max_body=self.config.limits.max_body, request_log=self.config.request_log
+            self._proxy,
+            self.switcher,
+            max_body=self.config.limits.max_body,
+            max_headers=self.config.limits.max_headers,
+            max_buffered=self.config.limits.max_buffered,
+            body_timeout=self.config.limits.body_timeout,
+            request_log=self.config.request_log,
         )
         self._created = int(time.time())
 
@@ -129,7 +136,8 @@ class LLMuxApp:
             else:
                 await _refuse(send, _not_allowed(method, path), [(b"allow", b"GET, HEAD")])
         else:
-            message = f"Unknown request URL: {method} {path}. The gateway serves the inference routes of OpenAI's API only."
+            asked = f"{method[:20]} {quoted(path)}"
+            message = f"Unknown request URL: {asked}. The gateway serves the inference routes of OpenAI's API only."
             await _refuse(send, error_answer(404, message, "invalid_request_error", "unknown_url"))
 
     async def _list_models(self, name: str, send: Send) -> None:
@@ -146,7 +154,7 @@ class LLMuxApp:
 
 
 def _not_allowed(method: str, path: str) -> ErrorAnswer:
-    return error_answer(405, f"Method {method} is not allowed for {path}.", "invalid_request_error", "method_not_allowed")
+    return error_answer(405, f"Method {method[:20]} is not allowed for {path}.", "invalid_request_error", "method_not_allowed")
 
 
 async def _answer_json(send: Send, content: object) -> None:

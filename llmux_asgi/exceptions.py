@@ -4,7 +4,11 @@
     ├── ConfigError                 the configuration is wrong: says where and why
     ├── PolicyError                 a switch policy broke its contract
     ├── InvalidRequestError         the request names no model, or is not JSON
-    │   └── BodyTooLargeError       the request's body exceeds the limit
+    │   ├── BodyTimeoutError        the request's body did not arrive in time
+    │   ├── BodyTooLargeError       the request's body exceeds the limit
+    │   ├── EncodedBodyError        the request's body is compressed
+    │   └── HeadersTooLargeError    the request's headers exceed the limit
+    ├── BuffersFullError            the bodies of all requests together exceed the limit
     ├── UnknownModelError           no model of that name or alias is configured
     ├── QueueFullError              too many requests wait already
     ├── QueueTimeoutError           the model did not become active within `request_timeout`
@@ -35,8 +39,12 @@ __all__ = [
     "BackendTimeoutError",
     "BackendUnreachableError",
     "BackendUnsupportedError",
+    "BodyTimeoutError",
     "BodyTooLargeError",
+    "BuffersFullError",
     "ConfigError",
+    "EncodedBodyError",
+    "HeadersTooLargeError",
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxError",
@@ -47,6 +55,14 @@ __all__ = [
     "UnknownModelError",
     "UpstreamError",
 ]
+
+
+_LONGEST_QUOTE = 200
+
+
+def quoted(text: str) -> str:
+    """Return what a client has sent as it may stand in a message: cut short, control characters and quotes escaped."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…")
 
 
 class LLMuxError(Exception):
@@ -77,11 +93,43 @@ class BodyTooLargeError(InvalidRequestError):
         self.limit = limit
 
 
+class BodyTimeoutError(InvalidRequestError):
+    """The request's body has not arrived whole within `limit` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(f"The request body did not arrive within the limit of {limit:.3g} s.")
+        self.limit = limit
+
+
+class EncodedBodyError(InvalidRequestError):
+    """The request's body is compressed. It would have to be inflated to find the model's name."""
+
+    def __init__(self) -> None:
+        super().__init__("The request body must not be compressed: leave out Content-Encoding.")
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The request's headers and query are larger than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request's headers and query are larger than the limit of {limit} bytes.")
+        self.limit = limit
+
+
+class BuffersFullError(LLMuxError):
+    """The bodies of all requests together are larger than `limit` bytes. `retry_after` is in seconds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The gateway holds {limit} bytes of request bodies and takes no more. Send the request again later.")
+        self.limit = limit
+        self.retry_after = 1.0
+
+
 class UnknownModelError(LLMuxError):
     """No model is configured under this name or alias."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists the models served here.")
+        super().__init__(f"The model {quoted(model)} does not exist. GET /v1/models lists the models served here.")
         self.model = model
 
 

@@ -12,6 +12,7 @@ from opentelemetry.trace import Span
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
+from ._intake import Intake, Upload
 from ._lease import Lease
 from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length, describe, model_of, read_fields
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
@@ -34,6 +35,9 @@ __all__ = ["MODEL_HEADER", "LLMuxMiddleware", "route_path"]
 MODEL_HEADER = "x-llmux-model"
 """Request header that names the model in place of the body."""
 
+_LONGEST_NAME = 200
+"""Characters of a model's name, as the client wrote it, that a span gets."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +51,9 @@ class LLMuxMiddleware:
     the request's priority class.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
+    A request with more than `max_headers` bytes of headers and query, with a compressed body, or whose body takes longer than
+    `body_timeout` seconds to arrive is refused, and so is one whose body would make it more than `max_buffered` bytes of all
+    requests together.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
     """
 
@@ -58,6 +65,9 @@ class LLMuxMiddleware:
         paths: Collection[str] = INFERENCE_ROUTES,
         unknown: Literal["reject", "pass"] = "reject",
         max_body: int = 32 * 1024 * 1024,
+        max_headers: int = 64 * 1024,
+        max_buffered: int = 1024 * 1024 * 1024,
+        body_timeout: float = 60.0,
         request_log: str | os.PathLike[str] | None = None,
     ) -> None:
         self.app = app
@@ -65,6 +75,7 @@ class LLMuxMiddleware:
         self.paths = frozenset(paths)
         self.unknown = unknown
         self.max_body = max_body
+        self.intake = Intake(max_headers, body_timeout, max_buffered)
         self.request_log = RequestLog(request_log) if request_log is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,6 +98,7 @@ class _Responder:
         self._switcher = middleware.switcher
         self._scope = scope
         self._receive = receive
+        self._upload = Upload(middleware.intake, receive)
         self._send = send
         self._route = route
         self._span = span
@@ -105,7 +117,7 @@ class _Responder:
             named = await self._find_name()
             if self._disconnected:
                 return
-            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named)
+            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named[:_LONGEST_NAME])
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
                 self._span.set_attribute(names.MODEL, model)
@@ -128,6 +140,7 @@ class _Responder:
                 logger.warning("%s", exc)  # a failed switch is logged once, by the switcher; a bad request is the client's
             await self._refuse(exc)
         finally:
+            self._upload.close()
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
@@ -187,6 +200,7 @@ class _Responder:
         return lease
 
     async def _find_name(self) -> str:
+        self._middleware.intake.check(self._scope)
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
@@ -209,7 +223,7 @@ class _Responder:
         parts: list[bytes] = []
         size = 0
         while True:
-            message = await self._receive()
+            message = await self._upload.receive()
             if message["type"] == "http.disconnect":
                 self._note_disconnect()
                 return False

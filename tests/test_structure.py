@@ -32,6 +32,8 @@ LAYERS = [
     ["policy", "_queue", "_state", "_openai", "_admission", "_forecast", "_backoff", "telemetry"],
     [
         "_body",
+        "_intake",
+        "_waiting",
         "_upstream",
         "_spawn",
         "_estimates_file",
