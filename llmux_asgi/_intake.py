@@ -7,8 +7,9 @@ import time
 from dataclasses import dataclass
 from itertools import chain
 
-from starlette.types import Message, Receive, Scope
+from starlette.types import Message, Receive
 
+from ._openai import Headers
 from ._waiting import within
 from .exceptions import BodyTimeoutError, BuffersFullError, EncodedBodyError, HeadersTooLargeError, InvalidRequestError
 
@@ -31,10 +32,8 @@ class Intake:
     """Bytes of all bodies together, until their requests are over."""
     held: int = 0
 
-    def check(self, scope: Scope) -> None:
-        """Raise `InvalidRequestError` if the request must not be passed on, or cannot be."""
-        headers = scope["headers"]
-        query: bytes = scope.get("query_string", b"")
+    def check(self, headers: Headers, query: bytes) -> None:
+        """Raise `InvalidRequestError` if a request must not be passed on, or cannot be."""
         raw = b"".join(chain.from_iterable(headers))
         if len(raw) + len(query) > self.max_headers:
             raise HeadersTooLargeError(self.max_headers)

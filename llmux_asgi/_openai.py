@@ -146,7 +146,7 @@ def _decode(decoder: msgspec.json.Decoder[_T], body: bytes) -> _T:
 
 # Errors
 
-_ADDRESS = re.compile(r"https?://[^\s/:\]]*(?:\[[^\]\s]*\])?(?::\d+)?[^\s:'\"]*")
+_ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'\"]*)?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from ._openai import INFERENCE_ROUTES, PRIORITY_HEADER, Headers, content_length,
 from ._proxy import SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_ROUTE
 from ._request_log import RequestLog, RequestTimes
 from .exceptions import (
+    BodyTimeoutError,
     BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
@@ -97,6 +98,8 @@ class _Responder:
         self._middleware = middleware
         self._switcher = middleware.switcher
         self._scope = scope
+        # uvicorn adds the trailers to this list, when the body is there: what was not checked must not be passed on.
+        self._headers: Headers = list(scope["headers"])
         self._receive = receive
         self._upload = Upload(middleware.intake, receive)
         self._send = send
@@ -171,7 +174,8 @@ class _Responder:
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
-            scope = {**self._scope, SCOPE_LEASE: lease, SCOPE_ROUTE: self._route, SCOPE_LAST_TRY: last}
+            ours = {SCOPE_LEASE: lease, SCOPE_ROUTE: self._route, SCOPE_LAST_TRY: last}
+            scope = {**self._scope, "headers": self._headers, **ours}
             await self._middleware.app(scope, self._replay, self._watch_answer)
         finally:
             lease.release()
@@ -200,7 +204,7 @@ class _Responder:
         return lease
 
     async def _find_name(self) -> str:
-        self._middleware.intake.check(self._scope)
+        self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
@@ -212,13 +216,12 @@ class _Responder:
         return model_of(fields)
 
     def _header(self, wanted: bytes) -> str | None:
-        headers: Headers = self._scope["headers"]
-        return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
+        return next((value.decode("latin-1") for name, value in self._headers if name == wanted), None)
 
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
         limit = self._middleware.max_body
-        if (content_length(self._scope["headers"]) or 0) > limit:
+        if (content_length(self._headers) or 0) > limit:
             raise BodyTooLargeError(limit)
         parts: list[bytes] = []
         size = 0
@@ -267,7 +270,10 @@ class _Responder:
 
     async def _refuse(self, exc: LLMuxError) -> None:
         answer = describe(exc)
-        await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        headers = answer.headers
+        if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):
+            headers.append((b"connection", b"close"))  # the rest of the body is not waited for
+        await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
 
 

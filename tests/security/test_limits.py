@@ -1,0 +1,183 @@
+"""What one client can make the gateway hold, and for how long."""
+
+from __future__ import annotations
+
+import gzip
+import socket
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import pytest
+
+from llmux_asgi import LLMuxApp
+from tests.security.conftest import CHAT, Fortress, fortress
+from tests.security.wire import Answer, Request, post
+from tests.support.eventually import eventually
+from tests.support.serve import EventLoop
+
+BODY = b'{"model": "a"}'
+SIZE = 200_000
+"""`limits.max_body` of the tight gateway. `limits.max_buffered` is 300,000."""
+
+
+def opened(stack: ExitStack, gateway: Fortress, data: bytes = b"") -> socket.socket:
+    """Connect, and send the beginning of something."""
+    address = urlsplit(gateway.url)
+    client = stack.enter_context(socket.socket())
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(5)
+    client.connect((address.hostname, address.port))
+    client.sendall(data)
+    return client
+
+
+def in_flight(llm: LLMuxApp) -> int:
+    return sum(llm.switcher.statistics().in_flight.values())
+
+
+def began(length: int, *lines: bytes) -> bytes:
+    """The head of a request whose body does not come with it."""
+    return post(CHAT, b"", *lines).replace(b"content-length: 0", b"content-length: %d" % length)
+
+
+@pytest.mark.parametrize("where", ["value", "name", "many", "query"])
+def test_headers_over_the_limit_are_a_431(tight: Fortress, where: str) -> None:
+    target = CHAT + ("?" + "x" * 5000 if where == "query" else "")
+    lines = {"value": [b"x: " + b"y" * 5000], "name": [b"x" * 5000 + b": y"], "many": [b"x%d: y" % n for n in range(1000)]}
+    answer = tight.post(BODY, *lines.get(where, []), target=target)
+    assert (answer.statuses, answer.error["code"]) == ([431], "headers_too_large")
+    assert tight.asked == []
+
+
+def test_headers_below_the_limit_are_passed_on(tight: Fortress) -> None:
+    assert tight.post(BODY, b"x: " + b"y" * 3500).statuses == [200]
+    assert tight.asked[0].values("x") == ["y" * 3500]
+
+
+@pytest.mark.parametrize("lines", [(b"content-length: 200001",), (b"transfer-encoding: chunked",)])
+def test_a_body_over_the_limit_is_a_413_before_it_is_all_there(tight: Fortress, lines: tuple[bytes, ...]) -> None:
+    sent = began(SIZE + 1) if lines[0].startswith(b"content") else began(0).replace(b"content-length: 0", lines[0])
+    part = b"" if lines[0].startswith(b"content") else b"%x\r\n" % (SIZE + 1) + b" " * (SIZE + 1)
+    answer = tight.send(sent, part)  # and never the rest
+    assert (answer.statuses, answer.error["code"]) == ([413], "request_too_large")
+
+
+@pytest.mark.parametrize("part", [b"", BODY[:5]])
+def test_a_body_that_does_not_come_is_a_408_and_the_connection_is_closed(tight: Fortress, part: bytes) -> None:
+    # As one that would be kept open: the rest of the body may come at any time, and must not be taken for a request.
+    answer = tight.send(began(len(BODY)).replace(b"connection: close\r\n", b""), part)
+    assert (answer.statuses, answer.error["code"], answer.closed) == ([408], "request_timeout", True)
+    assert tight.asked == []
+
+
+def test_a_body_that_comes_drop_by_drop_is_a_408(tight: Fortress) -> None:
+    with ExitStack() as stack:
+        client = opened(stack, tight, began(SIZE))
+        client.settimeout(0.02)
+        answer = b""
+        for _ in range(200):  # each in time, the whole not
+            client.sendall(b" ")
+            try:
+                answer = client.recv(65536)
+                break
+            except TimeoutError:
+                continue
+        assert Answer(answer, closed=False).statuses == [408]
+
+
+def test_a_client_that_sends_slowly_holds_no_lease(gateway: Fortress) -> None:
+    with ExitStack() as stack:
+        client = opened(stack, gateway, began(len(BODY)) + BODY[:5])
+        eventually("the gateway reads", lambda: gateway.app._inference.intake.held == 5)
+        assert in_flight(gateway.app) == 0
+        client.sendall(BODY[5:])
+        assert b"200" in client.recv(65536)
+
+
+def test_all_bodies_together_are_bounded_and_given_back(tight: Fortress) -> None:
+    intake = tight.app._inference.intake
+    with ExitStack() as stack:
+        large = began(SIZE) + b'{"model": "a", "x": "'
+        opened(stack, tight, large + b"x" * 150_000)
+        eventually("the first is held", lambda: intake.held > 150_000)
+        answer = tight.post(b'{"model": "a", "x": "' + b"x" * 160_000 + b'"}')
+        assert (answer.statuses, answer.error["code"]) == ([503], "buffers_full")
+        assert b"retry-after: 1" in answer.head.lower()
+        assert tight.post().statuses == [200]  # a small one has room
+    eventually("all of it is given back", lambda: intake.held == 0)
+    assert tight.post(b'{"model": "a", "x": "' + b"x" * 160_000 + b'"}').statuses == [200]
+
+
+def test_a_client_that_does_not_read_gives_its_lease_back(tight: Fortress) -> None:
+    huge = b"x" * 30_000_000
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(huge)
+    tight.server.answer = lambda request: head + huge
+    with ExitStack() as stack:
+        opened(stack, tight, post(CHAT))
+        eventually("it has its lease", lambda: in_flight(tight.app) == 1)
+        eventually("it is dropped", lambda: in_flight(tight.app) == 0, limit=5)
+    tight.server.answer = None
+    assert tight.post().statuses == [200]
+
+
+def test_a_client_that_reads_slowly_is_not_dropped(tight: Fortress) -> None:
+    huge = b"x" * 3_000_000
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(huge)
+    tight.server.answer = lambda request: head + huge
+    received = bytearray()
+    with ExitStack() as stack:
+        client = opened(stack, tight, post(CHAT))
+        while data := client.recv(50_000):
+            received += data
+    assert received.endswith(huge)
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"zstd", b"GZIP", b"identity, gzip"])
+def test_a_compressed_body_is_refused_and_never_inflated(tight: Fortress, coding: bytes) -> None:
+    bomb = gzip.compress(b" " * 10_000_000)
+    answer = tight.post(bomb, b"content-encoding: " + coding)
+    assert (answer.statuses, answer.error["code"]) == ([415], "unsupported_content_encoding")
+    assert tight.post(BODY, b"content-encoding: identity").statuses == [200]
+
+
+def test_a_compressed_answer_is_passed_on_as_it_is(gateway: Fortress) -> None:
+    bomb = gzip.compress(b"\0" * 10_000_000)
+
+    def answer(request: Request) -> bytes:
+        assert request.values("accept-encoding") == ["identity"]
+        return b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(bomb) + bomb
+
+    gateway.server.answer = answer
+    assert gateway.post(BODY, b"accept-encoding: gzip, br").raw.endswith(bomb)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "a", "x": ' + b'{"x":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b'{"x": ' + b"[" * 100_000,
+        b'{"model": ' + b"9" * 100_000 + b"}",
+        b'{"model": 1e999999999}',
+        b'{"model": {"model": "a"}}',
+        b'{"model": ["a"]}',
+        b'{"model": "' + b"\\u0061" * 20_000 + b'"}',
+        b'{"model": "\\ud800"}',
+        b"\xef\xbb\xbf" + BODY,
+        BODY.decode().encode("utf-16"),
+        BODY + BODY,
+    ],
+    ids=["lists", "objects", "open", "number", "exponent", "object", "list", "escapes", "surrogate", "bom", "utf-16", "two"],
+)
+def test_a_json_bomb_is_a_client_error_and_reaches_no_server(gateway: Fortress, body: bytes) -> None:
+    assert gateway.post(body).statuses in ([400], [404])
+    assert gateway.asked == []
+
+
+def test_a_flood_of_connections_that_say_nothing_takes_nothing(loop: EventLoop) -> None:
+    with fortress(loop) as gateway, ExitStack() as stack:
+        for start in (b"", b"POST ", b"POST /llm/v1/chat/completions HTTP/1.1\r\nhost: x\r\n", began(100)):
+            for _ in range(50):
+                opened(stack, gateway, start)
+        assert gateway.post().statuses == [200]
+        assert in_flight(gateway.app) == 0
