@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import h2.config
+import h2.connection
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.security.conftest import CHAT, MOUNTS, Fortress
 from tests.security.wire import post
+from tests.support.eventually import eventually
 
 CONTROLS = [
     "/sleep",
@@ -171,3 +174,23 @@ def test_whatever_the_path_a_server_is_asked_for_inference_only(gateway: Fortres
     answer = gateway.send(post(path, method=method))
     assert all(status < 500 for status in answer.statuses), answer.raw[:300]
     gateway.is_closed()
+
+
+def http_2(path: str) -> bytes:
+    """A whole request in HTTP/2, the connection's preface included."""
+    connection = h2.connection.H2Connection(h2.config.H2Configuration(validate_outbound_headers=False))
+    connection.initiate_connection()
+    connection.send_headers(1, [(":method", "POST"), (":path", path), (":scheme", "http"), (":authority", "gateway")])
+    connection.send_data(1, b'{"model": "a"}', end_stream=True)
+    return connection.data_to_send()
+
+
+@pytest.mark.parametrize("loop", ["trio"], indirect=True)  # hypercorn speaks it without TLS, uvicorn does not
+def test_no_path_of_http_2_reaches_a_control_route(gateway: Fortress) -> None:
+    """Its path is bytes that no parser of request lines has seen."""
+    injections = ["/v1/chat/completions?x HTTP/1.1\r\nx: y", "/v1/chat/completions\r\nx: y", "/v1/chat/completions?#"]
+    for spelling in (*SPELLINGS[::4], *injections):
+        gateway.send(http_2("/llm" + spelling), patience=0.02)
+    assert gateway.asked == []
+    gateway.send(http_2(CHAT), patience=0.02)
+    eventually("what is allowed gets through", lambda: len(gateway.asked) == 1)
