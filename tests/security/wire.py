@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-__all__ = ["Answer", "Recorder", "Request", "post", "recording", "send_raw"]
+__all__ = ["Answer", "Recorder", "Request", "opened", "post", "recording", "send_raw"]
 
 LIMIT = 5.0
 """Seconds after which a socket that says nothing has failed the test."""
@@ -106,6 +106,17 @@ def recording() -> Iterator[Recorder]:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+def opened(url: str, data: bytes = b"", *, window: int = 1 << 16) -> socket.socket:
+    """Connect, and send the beginning of something. `window` is about how many bytes the client takes without reading."""
+    address = urlsplit(url)
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    client.settimeout(LIMIT)
+    client.connect((address.hostname, address.port))
+    client.sendall(data)
+    return client
+
+
 @dataclass(frozen=True)
 class Answer:
     """All that came back on one connection until it was closed, or had been silent."""
@@ -135,10 +146,11 @@ def send_raw(url: str, *parts: bytes, patience: float = LIMIT) -> Answer:
     """Send bytes and read until the server closes, or is silent for `patience` seconds."""
     address = urlsplit(url)
     received = b""
-    with socket.create_connection((address.hostname or "", address.port or 0), timeout=patience) as client:
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=LIMIT) as client:
         with suppress(OSError):  # it may have answered and closed in the middle of what is sent
             for part in parts:
                 client.sendall(part)
+        client.settimeout(patience)
         try:
             while data := client.recv(65536):
                 received += data
