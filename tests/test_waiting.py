@@ -110,18 +110,35 @@ async def test_a_send_that_is_not_taken_is_told_of_once_and_goes_on() -> None:
     assert client.taken == [{"type": "x"}]
 
 
-async def test_the_time_of_one_send_does_not_count_for_the_next() -> None:
+async def test_the_time_of_one_send_does_not_count_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    pauses: list[float] = []
+    over = anyio.Event()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            await anyio.sleep_forever()
+        await over.wait()
+
     client = Sending()
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
-            watch = SendWatch(client.send, 0.1, tasks.start_soon)
+            monkeypatch.setattr("llmux_asgi._waiting.anyio.current_time", lambda: now)
+            monkeypatch.setattr("llmux_asgi._waiting.anyio.sleep", sleep)
+            watch = SendWatch(client.send, 1.0, tasks.start_soon)
             watch.stalled = client.stalled.set
-            for _ in range(4):  # for 0.2 s in all
+            for now in (0.0, 0.75):
                 client.reads = anyio.Event()
                 tasks.start_soon(watch, {"type": "x"})
-                await anyio.sleep(0.05)
-                client.reads.set()
                 await anyio.wait_all_tasks_blocked()
+                if now == 0.0:
+                    client.reads.set()
+                    await anyio.wait_all_tasks_blocked()
+            now = 1.0
+            over.set()
+            await anyio.wait_all_tasks_blocked()
             assert not client.stalled.is_set()
+            assert pauses == [1.0, 0.75]
+            monkeypatch.undo()
             tasks.cancel_scope.cancel()
-    assert len(client.taken) == 4

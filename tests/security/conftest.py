@@ -97,13 +97,7 @@ def shared(loop: EventLoop) -> Iterator[Fortress]:
 
 @pytest.fixture(scope="session")
 def shared_tight(loop: EventLoop) -> Iterator[Fortress]:
-    limits = {
-        "max_body": 200_000,
-        "max_buffered": 300_000,
-        "max_headers": 4096,
-        "body_timeout": 0.3,
-        "write_timeout": 0.3,
-    }
+    limits = {"max_body": 200_000, "max_headers": 4096, "body_timeout": 0.4, "write_timeout": 0.4}
     with fortress(loop, limits=limits) as running:
         yield running
 
