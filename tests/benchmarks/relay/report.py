@@ -78,7 +78,7 @@ class Report(msgspec.Struct):
     @property
     def others(self) -> tuple[float, float]:
         """What processes that have no part in this took meanwhile, in cores: the median of all loads, and the most."""
-        shares = [result.others / result.seconds for run in self.runs for result in run.loads.values()]
+        shares = [result.disturbance for run in self.runs for result in run.loads.values()]
         return statistics.median(shares), max(shares)
 
     def resident(self, candidate: str) -> float | None:
