@@ -36,7 +36,7 @@ def tiny() -> Report:
     return measure([CANDIDATES["direct"], CANDIDATES["gateway"], absent, liar], TINY, lambda line: None)
 
 
-_LIAR = """
+_LIAR = r"""
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tests.benchmarks.relay.wire import body_of, kind_of
