@@ -19,7 +19,7 @@ def _conditions(report: Report) -> str:
     left_out = "".join(f" Left out: {name} ({why})." for name, why in report.left_out.items())
     others, most = report.others
     return (
-        f"Measured on {report.machine}, in {rounds} rounds and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
+        f"Measured on {report.machine}, in {rounds} round{'s' if rounds > 1 else ''} and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
         f"part in it took {others:.2f} of the cores meanwhile (median of all loads; at most {most:.2f}).{left_out}"
     )
 
