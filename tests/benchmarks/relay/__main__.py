@@ -11,7 +11,7 @@ from tests.benchmarks.pages import fill
 from tests.benchmarks.relay.candidates import CANDIDATES
 from tests.benchmarks.relay.measure import FULL, QUICK, measure
 from tests.benchmarks.relay.picture import draw
-from tests.benchmarks.relay.report import Report, read, write
+from tests.benchmarks.relay.report import BASE, Report, read, write
 from tests.benchmarks.relay.tables import BLOCKS
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
@@ -23,11 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay", description="What the relay costs.")
     parser.add_argument("--quick", action="store_true", help="a minute or two, for tuning; nothing is written")
     parser.add_argument("--rounds", type=int, help="how often each candidate is measured")
-    parser.add_argument("--candidates", help=f"some of {', '.join(CANDIDATES)}, separated by commas; nothing is written")
+    parser.add_argument("--candidates", help=f"besides direct: some of {', '.join(CANDIDATES)}; nothing is written")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page from the file of the last run")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder whose page and files are written")
     given = parser.parse_args(arguments)
-    names = given.candidates.split(",") if given.candidates else list(CANDIDATES)
+    names = [BASE, *given.candidates.split(",")] if given.candidates else list(CANDIDATES)
     if wrong := set(names) - set(CANDIDATES):
         parser.error(f"no such candidate: {', '.join(sorted(wrong))}; there are {', '.join(CANDIDATES)}")
     if given.page:

@@ -1,4 +1,4 @@
-"""The load: `python -m tests.benchmarks.relay.load PORT KIND …` prints a `Result` as JSON.
+"""The loads: `python -m tests.benchmarks.relay.load PORT SIZES KIND:CONNECTIONS…` prints a list of `Result` as JSON.
 
 Plain requests and bursts are a closed loop: each connection sends its next request when it has the whole answer to the one
 before. Of the slow streams each connection gets one. Every answer is compared with what it should be.
@@ -21,12 +21,14 @@ import uvloop
 from tests.benchmarks.relay.processes import busy_seconds, cpu_seconds
 from tests.benchmarks.relay.wire import BURST_EVENTS, END, EVENT_SECONDS, Kind, body_of, request
 
-__all__ = ["Result", "main"]
+__all__ = ["Result", "Sizes", "main"]
 
 _SPREAD_SECONDS = 1.0
 """The slow streams begin within this time."""
 _GRACE_SECONDS = 10.0
 """So much later than due an answer may be complete."""
+_QUIET = 0.1
+"""Of so much of a core taken by others nothing is thought."""
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -50,15 +52,32 @@ class Result(msgspec.Struct, frozen=True):
     others: float
     """Seconds of CPU that processes took, meanwhile, which have no part in this."""
 
+    @property
+    def disturbance(self) -> float:
+        """What others took, in cores."""
+        return self.others / self.seconds
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """What all loads of one process have in common. Times are in seconds."""
+
+    seconds: float
+    warmup: float
+    slow_events: int
+    tries: int
+    upstream_pid: int
+    pid: int | None
+    """Of the candidate, whose CPU time is measured."""
+
 
 class Load:
     """What all connections share."""
 
-    def __init__(self, port: int, kind: Kind, count: int, pid: int | None, upstream_pid: int | None) -> None:
+    def __init__(self, port: int, kind: Kind, sizes: Sizes) -> None:
         self.kind = kind
-        self.count = count
+        self.count = {"plain": 0, "burst": BURST_EVENTS, "slow": sizes.slow_events}[kind]
         self.request = request(kind, port)
-        self.body = body_of(kind, count)
+        self.body = body_of(kind, self.count)
         self.right = b""
         """The last right body, in whichever transfer coding it came."""
         self.closed_loop = kind != "slow"
@@ -67,8 +86,8 @@ class Load:
         self.errors: Counter[str] = Counter()
         self.events = 0
         self.open = True
-        self._pid = pid
-        self._upstream_pid = upstream_pid
+        self._pid = sizes.pid
+        self._upstream_pid = sizes.upstream_pid
 
     def begin(self) -> None:
         """From now on it counts."""
@@ -287,27 +306,34 @@ async def slow_streams(load: Load, port: int, connections: int) -> None:
     load.open = False
 
 
+def run(job: str, port: int, sizes: Sizes) -> Result:
+    """Run one load, again if others had too much of the machine; of several tries the least disturbed one counts."""
+    kind, _, connections = job.partition(":")
+    results = []
+    for _ in range(sizes.tries):
+        load = Load(port, cast("Kind", kind), sizes)
+        if load.closed_loop:
+            uvloop.run(closed_loop(load, port, int(connections), sizes.warmup, sizes.seconds))
+        else:
+            uvloop.run(slow_streams(load, port, int(connections)))
+        results.append(load.result(int(connections)))
+        gc.collect()
+        if results[-1].disturbance <= _QUIET:
+            break
+    return min(results, key=lambda result: result.disturbance)
+
+
 def main() -> None:
-    """Run one load."""
+    """Run some loads, one after the other."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay.load")
     parser.add_argument("port", type=int)
-    parser.add_argument("kind", choices=["plain", "burst", "slow"])
-    parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--warmup", type=float, default=0.5)
-    parser.add_argument("--slow-events", type=int, default=400)
-    parser.add_argument("--pid", type=int, help="of the candidate, whose CPU time is measured")
-    parser.add_argument("--upstream-pid", type=int)
+    parser.add_argument("sizes", help="`Sizes` as JSON")
+    parser.add_argument("jobs", nargs="+", help="KIND:CONNECTIONS")
     given = parser.parse_args()
-    kind = cast("Kind", given.kind)
-    count = {"plain": 0, "burst": BURST_EVENTS, "slow": given.slow_events}[kind]
-    load = Load(given.port, kind, count, given.pid, given.upstream_pid)
+    sizes = msgspec.json.decode(given.sizes, type=Sizes)
     gc.disable()  # its pauses would be measured
-    if kind == "slow":
-        uvloop.run(slow_streams(load, given.port, given.connections))
-    else:
-        uvloop.run(closed_loop(load, given.port, given.connections, given.warmup, given.seconds))
-    sys.stdout.buffer.write(msgspec.json.encode(load.result(given.connections)) + b"\n")
+    results = [run(job, given.port, sizes) for job in given.jobs]
+    sys.stdout.buffer.write(msgspec.json.encode(results) + b"\n")
 
 
 if __name__ == "__main__":

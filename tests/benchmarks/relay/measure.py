@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ import msgspec
 
 from tests.benchmarks.relay.candidates import Candidate, Place
 from tests.benchmarks.relay.environment import Unavailable
-from tests.benchmarks.relay.load import Result
+from tests.benchmarks.relay.load import Result, Sizes
 from tests.benchmarks.relay.processes import cores, free_port, many_files, memory, pinned, started, wait_ready
 from tests.benchmarks.relay.report import Report, Run
-from tests.benchmarks.relay.wire import EVENT_SECONDS, Kind
+from tests.benchmarks.relay.wire import EVENT_SECONDS
 
-__all__ = ["FULL", "QUICK", "Running", "Size", "measure", "run_load", "running", "upstream"]
+__all__ = ["FULL", "QUICK", "Running", "Size", "measure", "run_loads", "running", "upstream"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Size:
     slow_seconds: float
     connections: Sequence[int] = (1, 32, 256)
     burst_streams: int = 64
+    tries: int = 1
+    """How often a load is tried at most, if others are using the machine."""
 
     @property
     def slow_events(self) -> int:
@@ -46,7 +48,7 @@ class Size:
         return round(self.slow_seconds / EVENT_SECONDS)
 
 
-FULL = Size(rounds=5, seconds=2.0, warmup=0.5, slow_rounds=2, slow_streams=1000, slow_seconds=20.0)
+FULL = Size(rounds=5, seconds=2.0, warmup=0.5, slow_rounds=2, slow_streams=1000, slow_seconds=20.0, tries=2)
 QUICK = Size(rounds=2, seconds=1.0, warmup=0.3, slow_rounds=1, slow_streams=1000, slow_seconds=3.0)
 
 
@@ -82,13 +84,14 @@ def running(candidate: Candidate, server: Running, folder: Path) -> Iterator[Run
             yield Running(place.port, pid)
 
 
-def run_load(target: Running, server: Running, kind: Kind, connections: int, size: Size) -> Result:
-    """Run one load on its core. `server` is the upstream."""
-    command = [sys.executable, "-m", "tests.benchmarks.relay.load", str(target.port), kind, "--connections", str(connections)]
-    command += ["--seconds", str(size.seconds), "--warmup", str(size.warmup), "--slow-events", str(size.slow_events)]
-    command += ["--upstream-pid", str(server.pid), *(["--pid", str(target.pid)] if target.pid is not None else [])]
+def run_loads(target: Running, server: Running, jobs: Mapping[str, str], size: Size) -> dict[str, Result]:
+    """Run loads on their core: names, and what they are (`plain:32`). `server` is the upstream."""
+    assert server.pid is not None
+    sizes = Sizes(size.seconds, size.warmup, size.slow_events, size.tries, server.pid, target.pid)
+    arguments = [str(target.port), msgspec.json.encode(sizes).decode(), *jobs.values()]
+    command = [sys.executable, "-m", "tests.benchmarks.relay.load", *arguments]
     done = subprocess.run(pinned(command, cores()[0]), stdout=subprocess.PIPE, check=True)
-    return msgspec.json.decode(done.stdout, type=Result)
+    return dict(zip(jobs, msgspec.json.decode(done.stdout, type=list[Result]), strict=True))
 
 
 def measure(candidates: Sequence[Candidate], size: Size, tell: Callable[[str], None]) -> Report:
@@ -117,14 +120,10 @@ def measure(candidates: Sequence[Candidate], size: Size, tell: Callable[[str], N
 
 
 def _one(candidate: Candidate, target: Running, server: Running, size: Size, *, slow: bool) -> Run:
-    loads: dict[str, Result] = {}
-    for count in size.connections:
-        loads[f"plain {count}"] = run_load(target, server, "plain", count, size)
+    loads = run_loads(target, server, {f"plain {count}": f"plain:{count}" for count in size.connections}, size)
     resident = memory(target.pid)[0] if target.pid is not None else 0.0
-    loads["stream 1"] = run_load(target, server, "burst", 1, size)
-    loads["burst"] = run_load(target, server, "burst", size.burst_streams, size)
-    if slow:
-        loads["slow"] = run_load(target, server, "slow", size.slow_streams, size)
+    streams = {"stream 1": "burst:1", "burst": f"burst:{size.burst_streams}"}
+    loads |= run_loads(target, server, streams | ({"slow": f"slow:{size.slow_streams}"} if slow else {}), size)
     peak = memory(target.pid)[1] if target.pid is not None else 0.0
     return Run(candidate.name, loads, resident, peak)
 
@@ -133,7 +132,7 @@ def _summary(run: Run) -> str:
     rates = [f"{result.answers / result.seconds:,.0f}" for name, result in run.loads.items() if name.startswith("plain")]
     errors = sum(sum(result.errors.values()) for result in run.loads.values())
     burst = run.loads["burst"]
-    others = max(result.others / result.seconds for result in run.loads.values())
+    others = max(result.disturbance for result in run.loads.values())
     disturbed = f"; others took up to {others:.0%} of a core" if others > 0.1 else ""
     return f"{' / '.join(rates)} requests/s, {burst.events / burst.seconds:,.0f} events/s, {errors} errors{disturbed}"
 

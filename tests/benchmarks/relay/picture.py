@@ -9,7 +9,7 @@ from tests.benchmarks.relay.report import BASE, METRICS, ROUTER, Metric, Report
 
 __all__ = ["draw"]
 
-WIDTH, LEFT, RIGHT, TOP = 760, 190, 60, 74
+WIDTH, LEFT, RIGHT, TOP = 760, 230, 50, 74
 BAR, GAP = 11, 14
 COLOURS = {"nginx": "#8a8a8a", "gateway": "#0072b2", "gateway-sdk": "#56b4e9", "httpx": "#d55e00"}
 DECADES = (-2, 2)

@@ -16,13 +16,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import cast
 
 from tests.benchmarks.relay.candidates import CANDIDATES, Place
 from tests.benchmarks.relay.load import Result
-from tests.benchmarks.relay.measure import FULL, run_load, running, upstream
+from tests.benchmarks.relay.measure import FULL, run_loads, running, upstream
 from tests.benchmarks.relay.processes import many_files
-from tests.benchmarks.relay.wire import Kind
 
 __all__ = ["main", "ranked"]
 
@@ -53,8 +51,8 @@ def main() -> None:
         with upstream(FULL, folder) as server, running(profiled, server, folder) as target:
             assert target.pid is not None
             os.kill(target.pid, signal.SIGUSR1)
-            size = dataclasses.replace(FULL, seconds=given.seconds)
-            result = run_load(target, server, cast("Kind", given.kind), given.connections, size)
+            size = dataclasses.replace(FULL, seconds=given.seconds, tries=1)
+            result = run_loads(target, server, {"load": f"{given.kind}:{given.connections}"}, size)["load"]
         lines = stacks.read_text().splitlines()
     _print(result, lines if given.lines else [re.sub(r":\d+\)", ")", line) for line in lines], given.top)
 

@@ -78,7 +78,7 @@ class Report(msgspec.Struct):
     @property
     def others(self) -> tuple[float, float]:
         """What processes that have no part in this took meanwhile, in cores: the median of all loads, and the most."""
-        shares = [result.others / result.seconds for run in self.runs for result in run.loads.values()]
+        shares = [result.disturbance for run in self.runs for result in run.loads.values()]
         return statistics.median(shares), max(shares)
 
     def resident(self, candidate: str) -> float | None:
@@ -121,6 +121,7 @@ METRICS = (
     Metric("events/s in bursts", "burst", lambda report, name: report.events(name, "burst"), {GATEWAY: 3.0}),
     Metric("added latency p50, 1 connection", "plain 1", Report.added, {GATEWAY: 1.3}, less_is_better=True),
     Metric("CPU a request", "plain 32", lambda report, name: report.cpu(name, "plain 32"), less_is_better=True),
+    Metric("CPU a burst", "burst", lambda report, name: report.cpu(name, "burst"), less_is_better=True),
     Metric("CPU of slow streams", "slow", lambda report, name: report.share(name, "slow"), less_is_better=True),
     Metric("memory, peak", "slow", Report.peak, less_is_better=True),
 )

@@ -18,9 +18,10 @@ def _conditions(report: Report) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     left_out = "".join(f" Left out: {name} ({why})." for name, why in report.left_out.items())
     others, most = report.others
+    how_long = f"{rounds} round{'s' if rounds > 1 else ''} and {report.seconds / 60:.0f} minutes"
     return (
-        f"Measured on {report.machine}, in {rounds} rounds and {report.seconds / 60:.0f} minutes, with {versions}. What had no "
-        f"part in it took {others:.2f} of the cores meanwhile (median of all loads; at most {most:.2f}).{left_out}"
+        f"Measured on {report.machine}, in {how_long}, with {versions}. What had no part in it took {others:.2f} of the cores "
+        f"meanwhile (median of all loads; at most {most:.2f}).{left_out}"
     )
 
 
