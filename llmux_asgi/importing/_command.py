@@ -14,6 +14,8 @@ __all__ = ["Command", "Kind", "split_command", "without_comments"]
 Kind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama", "other"]
 
 _IMAGE = re.compile(r"(?![-/.~])[\w.-]+(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]+)?")
+_MORE_FILES = ("-mm", "--mmproj", "-mu", "--model-url", "-md", "--model-draft", "-hf", "-hfr", "--hf-repo")
+"""Options of llama-server by which a model is more than the file of `-m`."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -95,7 +97,7 @@ class Command:
         Source: https://github.com/ggml-org/llama.cpp/tree/master/tools/server, README.md.
         """
         path = self.option("-m", "--model")[:1]
-        if not path or not path[0].endswith(".gguf") or self.has("-mm", "--mmproj", "-hf", "-hfr", "--hf-repo", "-md"):
+        if not path or not path[0].endswith(".gguf") or self.has(*_MORE_FILES):
             return None
         file = PurePosixPath(path[0])
         if _SHARD.search(file.stem):

@@ -145,7 +145,7 @@ _LLAMA_SWAP: tuple[Field, ...] = (
     Field("logTimeFormat", "none", _LOGS),
     Field("logToStdout", "none", _LOGS),
     Field("sendLoadingState", "none", "nothing is sent while a request waits"),
-    Field("includeAliasesInList", "none", "`/v1/models` lists aliases too"),
+    Field("includeAliasesInList", "none", "`/v1/models` lists models, not their aliases"),
     Field("metricsMaxInMemory", "none", _OWN_METRICS),
     Field("captureBuffer", "none", "bodies are never kept; `request_log` keeps times and status"),
     Field("store", "none", "`request_log` is a file with a line for each request"),

@@ -82,15 +82,15 @@ def test_no_secret_of_the_source_gets_into_the_file_or_the_report() -> None:
 
 
 def test_comments_stand_at_the_model_that_they_are_about_and_stay_comments() -> None:
-    model = {"port": 1, "wake": "w", "sleep": "s", "alive": "a", "odd\nkey": 1}
+    model = {"port": 1, "wake": "w", "sleep": "s", "alive": "a", "odd\u2028key\x07": 1}
     imported = convert({"models": {"one": model, "one.two": model | {"port": 2}}, "bogus\n# x": 1}, environment={})
     text = render(imported.data, imported.findings, source="odd\nname.yaml", described="llmux")
     assert load_config(yaml.safe_load(text)) == imported.config
     before, one, two = text.partition("  one:")[0], text.partition("  one:")[2], text.partition("  one.two:")[2]
     assert "# Imported from odd name.yaml" in before
     assert "bogus # x: this field" in before
-    assert "odd key: left out" in before  # above `one`
-    assert "odd key: left out" in one.partition("  one.two:")[0]  # above `one.two`
+    assert "odd key : left out" in before  # above `one`
+    assert "odd key : left out" in one.partition("  one.two:")[0]  # above `one.two`
     assert "odd key" not in two
 
 
