@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ._command import Command, split_command, without_comments
-from ._draft import Draft, mapping_at, number_at
+from ._draft import Draft, list_at, mapping_at, number_at
 from ._hooks import process_hooks
 from ._macros import expand, used_macros
 from .errors import ConfigImportError
@@ -178,9 +178,7 @@ class _Model:
 
     def _names(self, served: str) -> dict[str, Any]:
         names: list[str] = []
-        given = self.model.get("aliases") or []
-        if not isinstance(given, list):
-            raise ConfigImportError(f"{self.where}aliases: expected a list, got {type(given).__name__}")
+        given = list_at(self.model, "aliases", self.where)
         for each in [*given, *mapping_at(mapping_at(self.model, "filters", self.where), "setParamsByID", self.where)]:
             alias = self._expand(str(each.get("id", "") if isinstance(each, Mapping) else each), f"{self.where}aliases")
             if alias and alias != self.name and alias not in names:
@@ -189,7 +187,7 @@ class _Model:
 
     def _env(self) -> dict[str, str]:
         env: dict[str, str] = {}
-        for each in self.model.get("env") or []:
+        for each in list_at(self.model, "env", self.where):
             name, equals, value = self._expand(str(each), f"{self.where}env").partition("=")
             if not equals:
                 raise ConfigImportError(f"{self.where}env: expected NAME=value, got {each!r}")
@@ -231,10 +229,10 @@ class _Model:
 
 
 def _preload(raw: Mapping[str, Any], draft: Draft) -> None:
-    wanted = mapping_at(mapping_at(raw, "hooks"), "on_startup", "hooks.").get("preload") or []
+    wanted = list_at(mapping_at(mapping_at(raw, "hooks"), "on_startup", "hooks."), "preload", "hooks.on_startup.")
     lost = []
     for name in wanted:
-        model = draft.config["models"].get(name)
+        model = draft.config["models"].get(str(name))
         if model is not None and "command" in model:
             model["preload"] = True
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,28 @@ def test_comments_stand_at_the_model_that_they_are_about_and_stay_comments() -> 
 def test_data_is_plain() -> None:
     imported = convert(parsed(LLAMA_SWAP), environment=ENVIRONMENT)
     assert msgspec.json.decode(msgspec.json.encode(imported.data)) == imported.data
+
+
+def with_each_value_replaced(node: Any, value: Any) -> Iterator[Any]:
+    """Copies of a tree, in each of which another node is `value`."""
+    yield value
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        for changed in with_each_value_replaced(child, value):
+            copy = node.copy()
+            copy[key] = changed
+            yield copy
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_whatever_stands_where_something_else_belongs_is_said_and_not_a_crash(kind: str) -> None:
+    results = {True: 0, False: 0}
+    for value in (None, True, -3, "${PORT}", [None], {"x": [1]}):
+        for raw in with_each_value_replaced(parsed(SAMPLES[kind][0]), value):
+            try:
+                convert(raw, environment=ENVIRONMENT)
+            except ConfigImportError:
+                results[False] += 1
+            else:
+                results[True] += 1
+    assert all(results.values())
