@@ -85,6 +85,8 @@ class Command:
         elif self.kind == "sglang" and not self.has("--enable-memory-saver"):
             self.words.append("--enable-memory-saver")
             self.notes.append("--enable-memory-saver was added: SGLang frees no memory without it")
+        if self.has("--api-key"):
+            self.notes.append("the server asks for a key: name where it stands in `api_key`, clients' keys do not reach it")
         if self.container:
             self.notes.append(
                 "the container is ended by the SIGTERM that its client passes on: keep --rm, and --init if it ignores that"

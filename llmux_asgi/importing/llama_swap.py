@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..access import hash_key
 from ._command import Command, split_command, without_comments
 from ._draft import Draft, list_at, mapping_at, number_at
 from ._hooks import process_hooks
@@ -31,6 +32,7 @@ def convert_llama_swap(raw: Mapping[str, Any], environment: Mapping[str, str]) -
         draft.config["models"][name] = _Model(name, model, raw, environment, ports, draft).convert()
     _preload(raw, draft)
     _priorities(raw, draft)
+    _keys(raw, environment, draft)
     draft.config["policy"] = {"name": "gated_quantum", "request_timeout": None}
     return draft
 
@@ -239,6 +241,18 @@ def _preload(raw: Mapping[str, Any], draft: Draft) -> None:
             lost.append(str(name))
     if lost:
         draft.say("hooks.on_startup.preload", f"not {', '.join(lost)}: no model with a `command`")
+
+
+def _keys(raw: Mapping[str, Any], environment: Mapping[str, str], draft: Draft) -> None:
+    keys: dict[str, dict[str, str]] = {}
+    for number, each in enumerate(list_at(raw, "apiKeys"), 1):
+        if variable := re.fullmatch(r"\$\{env\.(\w+)\}", str(each)):
+            keys[f"key{number}"] = {"env": variable[1]}
+        else:
+            key = expand(str(each), mapping_at(raw, "macros"), environment, "apiKeys")
+            keys[f"key{number}"] = {"hash": hash_key(key)}
+    if keys:
+        draft.config["access"] = {"keys": keys}
 
 
 def _priorities(raw: Mapping[str, Any], draft: Draft) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmux_asgi.access import hash_key
 from llmux_asgi.importing import ConfigImportError, Imported, convert
 
 from .samples import LLAMA_SWAP
@@ -63,6 +64,21 @@ def test_a_plain_vllm_and_one_in_a_container() -> None:
 
 def test_a_container_has_time_to_end() -> None:
     assert imported("docker run --rm -p ${PORT}:80 vllm/vllm-openai --model m").config.models["m"].timeouts.stop == 60
+
+
+def test_keys_are_hashed_or_named() -> None:
+    access = imported(LLAMA_SWAP).config.access
+    assert access is not None
+    first, second, third = access.keys.values()
+    assert first.hash == hash_key("sk-never-copied")
+    assert (second.hash, second.env) == (None, "SWAP_KEY")  # which need not be set where it is imported
+    assert third.hash == hash_key("/srv/models-key")
+    assert imported("vllm serve a --port ${PORT}").config.access is None
+
+
+def test_a_key_of_the_server_is_told_of() -> None:
+    result = imported("vllm serve a --port ${PORT} --api-key x")
+    assert "the server asks for a key" in text_of(result, "models.m.cmd")
 
 
 def test_priorities_become_head_starts() -> None:
