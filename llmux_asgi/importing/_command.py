@@ -14,6 +14,8 @@ __all__ = ["Command", "Kind", "split_command", "without_comments"]
 Kind: TypeAlias = Literal["vllm", "sglang", "llama.cpp", "ollama", "other"]
 
 _IMAGE = re.compile(r"(?![-/.~])[\w.-]+(/[\w.-]+)*(:[\w.-]+)?(@sha256:[0-9a-f]+)?")
+_MORE_FILES = ("-mm", "--mmproj", "-mu", "--model-url", "-md", "--model-draft", "-hf", "-hfr", "--hf-repo")
+"""Options of llama-server by which a model is more than the file of `-m`."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
 
@@ -83,6 +85,8 @@ class Command:
         elif self.kind == "sglang" and not self.has("--enable-memory-saver"):
             self.words.append("--enable-memory-saver")
             self.notes.append("--enable-memory-saver was added: SGLang frees no memory without it")
+        if self.has("--api-key"):
+            self.notes.append("the server asks for a key: name where it stands in `api_key`, clients' keys do not reach it")
         if self.container:
             self.notes.append(
                 "the container is ended by the SIGTERM that its client passes on: keep --rm, and --init if it ignores that"
@@ -95,7 +99,7 @@ class Command:
         Source: https://github.com/ggml-org/llama.cpp/tree/master/tools/server, README.md.
         """
         path = self.option("-m", "--model")[:1]
-        if not path or not path[0].endswith(".gguf") or self.has("-mm", "--mmproj", "-hf", "-hfr", "--hf-repo", "-md"):
+        if not path or not path[0].endswith(".gguf") or self.has(*_MORE_FILES):
             return None
         file = PurePosixPath(path[0])
         if _SHARD.search(file.stem):

@@ -9,7 +9,7 @@ import msgspec
 
 from .errors import ConfigImportError
 
-__all__ = ["Draft", "Finding", "Status", "mapping_at", "number_at"]
+__all__ = ["Draft", "Finding", "Status", "list_at", "mapping_at", "number_at"]
 
 Status: TypeAlias = Literal["converted", "note", "none"]
 """`note`: converted, and there is something to know; `none`: there is no counterpart, it was left out."""
@@ -43,6 +43,14 @@ def mapping_at(raw: Mapping[str, Any], key: str, where: str = "") -> dict[str, A
     if not isinstance(value, Mapping):
         raise ConfigImportError(f"{where}{key}: expected a mapping, got {type(value).__name__}")
     return {str(name): each for name, each in value.items()}
+
+
+def list_at(raw: Mapping[str, Any], key: str, where: str = "") -> list[Any]:
+    """Return the list that `raw` holds under `key`; none is an empty one."""
+    value = raw.get(key)
+    if value is None or isinstance(value, list):
+        return value or []
+    raise ConfigImportError(f"{where}{key}: expected a list, got {type(value).__name__}")
 
 
 def number_at(raw: Mapping[str, Any], key: str, where: str = "") -> float | int | None:

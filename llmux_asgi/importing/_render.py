@@ -63,8 +63,8 @@ def render(config: Mapping[str, Any], findings: Iterable[Finding], *, source: st
 
 
 def _comment(text: str, start: str) -> list[str]:
-    # A line break in a name would end the comment.
-    plain = " ".join(text.split())
+    # A line break in a name would end the comment, and YAML has no other control characters either.
+    plain = "".join(each if each.isprintable() else " " for each in text)
     return textwrap.wrap(
         plain, _WIDTH, initial_indent=start, subsequent_indent=start + "  ", break_long_words=False, break_on_hyphens=False
     )

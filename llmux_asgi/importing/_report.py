@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from ._draft import Finding
@@ -20,8 +20,9 @@ def report(raw: Mapping[str, Any], fields: Iterable[Field], said: Iterable[Findi
     special: dict[str, list[Finding]] = {}
     for finding in said:
         special.setdefault(finding.field, []).append(finding)
+    sections = {key[:end] for key in table for end, letter in enumerate(key) if letter == "."}
     found = []
-    for path, key in _walk(raw, table):
+    for path, key in _walk(raw, sections):
         if here := special.get(path):
             found.append(Finding(path, here[0].status, "; ".join(dict.fromkeys(each.text for each in here))))
         elif key in table:
@@ -32,12 +33,12 @@ def report(raw: Mapping[str, Any], fields: Iterable[Field], said: Iterable[Findi
     return found + [each for path, here in special.items() if path not in {f.field for f in found} for each in here]
 
 
-def _walk(node: Mapping[str, Any], table: Mapping[str, Field], path: str = "", key: str = "") -> Iterator[tuple[str, str]]:
+def _walk(node: Mapping[str, Any], sections: Set[str], path: str = "", key: str = "") -> Iterator[tuple[str, str]]:
     for name, value in node.items():
         inner = "NAME" if key in _NAMED else str(name)
         here, there = f"{path}.{name}" if path else str(name), f"{key}.{inner}" if key else inner
-        if any(each.startswith(f"{there}.") for each in table):
+        if there in sections:
             if isinstance(value, Mapping):
-                yield from _walk(value, table, here, there)
+                yield from _walk(value, sections, here, there)
         else:
             yield here, there

@@ -29,7 +29,7 @@ class Field(msgspec.Struct, frozen=True):
 _SERVE = "where the gateway listens is said by what serves it: `llmux-asgi serve`, uvicorn"
 _OWN_METRICS = "metrics go through OpenTelemetry: give the gateway a `meter_provider`"
 _LOGS = "logging is the host's: loggers `llmux_asgi` and `llmux_asgi.vllm`"
-_LISTING = "`/v1/models` lists names only"
+_LISTING = "`/v1/models` does not tell it"
 _GPU = "the gateway has no checkpoints: such a model's process is ended, and started again"
 _ALONE = "in a gateway one model is awake at a time: give models that stay awake a gateway of their own, or none"
 _BODY = "request bodies are passed on as they are: let clients, or the host around the gateway, set parameters"
@@ -115,7 +115,7 @@ _LLAMA_SWAP: tuple[Field, ...] = (
     Field("models.NAME.name", "none", _LISTING),
     Field("models.NAME.description", "none", _LISTING),
     Field("models.NAME.metadata", "none", _LISTING),
-    Field("models.NAME.capabilities", "none", _LISTING),
+    Field("models.NAME.capabilities", "none", "`tasks` is the nearest: what a model may be asked for"),
     Field("models.NAME.unlisted", "none", "all models are listed"),
     Field("models.NAME.sendLoadingState", "none", "nothing is sent while a request waits"),
     Field("models.NAME.compat", "none", "there are no such exceptions"),
@@ -140,12 +140,12 @@ _LLAMA_SWAP: tuple[Field, ...] = (
         "`priorities` and `priority`: a head start of 30 s a step, not an absolute order, so that nobody starves",
     ),
     Field("peers", "none", "the gateway serves what it can put to sleep: route other hosts' models around it"),
-    Field("apiKeys", "none", "let the host around the gateway ask for keys. They were not copied"),
+    Field("apiKeys", "converted", "`access.keys`: a hash of each key, or the name of its environment variable"),
     Field("logLevel", "none", _LOGS),
     Field("logTimeFormat", "none", _LOGS),
     Field("logToStdout", "none", _LOGS),
     Field("sendLoadingState", "none", "nothing is sent while a request waits"),
-    Field("includeAliasesInList", "none", "`/v1/models` lists aliases too"),
+    Field("includeAliasesInList", "none", "`/v1/models` lists models, not their aliases"),
     Field("metricsMaxInMemory", "none", _OWN_METRICS),
     Field("captureBuffer", "none", "bodies are never kept; `request_log` keeps times and status"),
     Field("store", "none", "`request_log` is a file with a line for each request"),

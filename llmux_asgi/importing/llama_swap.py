@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..access import hash_key
 from ._command import Command, split_command, without_comments
-from ._draft import Draft, mapping_at, number_at
+from ._draft import Draft, list_at, mapping_at, number_at
 from ._hooks import process_hooks
 from ._macros import expand, used_macros
 from .errors import ConfigImportError
@@ -31,6 +32,7 @@ def convert_llama_swap(raw: Mapping[str, Any], environment: Mapping[str, str]) -
         draft.config["models"][name] = _Model(name, model, raw, environment, ports, draft).convert()
     _preload(raw, draft)
     _priorities(raw, draft)
+    _keys(raw, environment, draft)
     draft.config["policy"] = {"name": "gated_quantum", "request_timeout": None}
     return draft
 
@@ -178,9 +180,7 @@ class _Model:
 
     def _names(self, served: str) -> dict[str, Any]:
         names: list[str] = []
-        given = self.model.get("aliases") or []
-        if not isinstance(given, list):
-            raise ConfigImportError(f"{self.where}aliases: expected a list, got {type(given).__name__}")
+        given = list_at(self.model, "aliases", self.where)
         for each in [*given, *mapping_at(mapping_at(self.model, "filters", self.where), "setParamsByID", self.where)]:
             alias = self._expand(str(each.get("id", "") if isinstance(each, Mapping) else each), f"{self.where}aliases")
             if alias and alias != self.name and alias not in names:
@@ -189,7 +189,7 @@ class _Model:
 
     def _env(self) -> dict[str, str]:
         env: dict[str, str] = {}
-        for each in self.model.get("env") or []:
+        for each in list_at(self.model, "env", self.where):
             name, equals, value = self._expand(str(each), f"{self.where}env").partition("=")
             if not equals:
                 raise ConfigImportError(f"{self.where}env: expected NAME=value, got {each!r}")
@@ -231,16 +231,28 @@ class _Model:
 
 
 def _preload(raw: Mapping[str, Any], draft: Draft) -> None:
-    wanted = mapping_at(mapping_at(raw, "hooks"), "on_startup", "hooks.").get("preload") or []
+    wanted = list_at(mapping_at(mapping_at(raw, "hooks"), "on_startup", "hooks."), "preload", "hooks.on_startup.")
     lost = []
     for name in wanted:
-        model = draft.config["models"].get(name)
+        model = draft.config["models"].get(str(name))
         if model is not None and "command" in model:
             model["preload"] = True
         else:
             lost.append(str(name))
     if lost:
         draft.say("hooks.on_startup.preload", f"not {', '.join(lost)}: no model with a `command`")
+
+
+def _keys(raw: Mapping[str, Any], environment: Mapping[str, str], draft: Draft) -> None:
+    keys: dict[str, dict[str, str]] = {}
+    for number, each in enumerate(list_at(raw, "apiKeys"), 1):
+        if variable := re.fullmatch(r"\$\{env\.(\w+)\}", str(each)):
+            keys[f"key{number}"] = {"env": variable[1]}
+        else:
+            key = expand(str(each), mapping_at(raw, "macros"), environment, "apiKeys")
+            keys[f"key{number}"] = {"hash": hash_key(key)}
+    if keys:
+        draft.config["access"] = {"keys": keys}
 
 
 def _priorities(raw: Mapping[str, Any], draft: Draft) -> None:

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ._command import Command
-from ._draft import Draft, mapping_at, number_at
+from ._draft import Draft, list_at, mapping_at, number_at
 from ._hooks import inline_hooks
 from .errors import ConfigImportError
 
@@ -90,10 +90,7 @@ def _vllm_command(program: str, model: Mapping[str, Any], where: str) -> list[st
     for key in ("gpu_memory_utilization", "tensor_parallel_size", "dtype"):
         if (value := model.get(key)) is not None:
             words += [f"--{key.replace('_', '-')}", str(value)]
-    extra = model.get("extra_args") or []
-    if not isinstance(extra, list):
-        raise ConfigImportError(f"{where}extra_args: expected a list, got {type(extra).__name__}")
-    return words + [str(each) for each in extra]
+    return words + [str(each) for each in list_at(model, "extra_args", where)]
 
 
 def _level(model: Mapping[str, Any], policy: Mapping[str, Any], where: str, draft: Draft) -> int:

@@ -91,7 +91,7 @@ macros:
     /opt/llama/llama-server-b9000 --port ${PORT}
   sized: "${server} --ctx-size ${ctx}"
   home: ${env.MODELS}
-apiKeys: [sk-never-copied]
+apiKeys: [sk-never-copied, "${env.SWAP_KEY}", "${home}-key"]
 upstream: {ignorePaths: ["[.]css$"]}
 profiles: {work: {description: For work, pins: {code: tuned}}}
 selectors: {best: {strategy: warm, targets: [tuned, plain]}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +83,43 @@ def test_no_secret_of_the_source_gets_into_the_file_or_the_report() -> None:
 
 
 def test_comments_stand_at_the_model_that_they_are_about_and_stay_comments() -> None:
-    model = {"port": 1, "wake": "w", "sleep": "s", "alive": "a", "odd\nkey": 1}
+    model = {"port": 1, "wake": "w", "sleep": "s", "alive": "a", "odd\u2028key\x07": 1}
     imported = convert({"models": {"one": model, "one.two": model | {"port": 2}}, "bogus\n# x": 1}, environment={})
     text = render(imported.data, imported.findings, source="odd\nname.yaml", described="llmux")
     assert load_config(yaml.safe_load(text)) == imported.config
     before, one, two = text.partition("  one:")[0], text.partition("  one:")[2], text.partition("  one.two:")[2]
     assert "# Imported from odd name.yaml" in before
     assert "bogus # x: this field" in before
-    assert "odd key: left out" in before  # above `one`
-    assert "odd key: left out" in one.partition("  one.two:")[0]  # above `one.two`
+    assert "odd key : left out" in before  # above `one`
+    assert "odd key : left out" in one.partition("  one.two:")[0]  # above `one.two`
     assert "odd key" not in two
 
 
 def test_data_is_plain() -> None:
     imported = convert(parsed(LLAMA_SWAP), environment=ENVIRONMENT)
     assert msgspec.json.decode(msgspec.json.encode(imported.data)) == imported.data
+
+
+def with_each_value_replaced(node: Any, value: Any) -> Iterator[Any]:
+    """Copies of a tree, in each of which another node is `value`."""
+    yield value
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in items:
+        for changed in with_each_value_replaced(child, value):
+            copy = node.copy()
+            copy[key] = changed
+            yield copy
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_whatever_stands_where_something_else_belongs_is_said_and_not_a_crash(kind: str) -> None:
+    results = {True: 0, False: 0}
+    for value in (None, True, -3, "${PORT}", [None], {"x": [1]}):
+        for raw in with_each_value_replaced(parsed(SAMPLES[kind][0]), value):
+            try:
+                convert(raw, environment=ENVIRONMENT)
+            except ConfigImportError:
+                results[False] += 1
+            else:
+                results[True] += 1
+    assert all(results.values())

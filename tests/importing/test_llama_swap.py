@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from llmux_asgi.access import hash_key
 from llmux_asgi.importing import ConfigImportError, Imported, convert
 
 from .samples import LLAMA_SWAP
@@ -63,6 +64,21 @@ def test_a_plain_vllm_and_one_in_a_container() -> None:
 
 def test_a_container_has_time_to_end() -> None:
     assert imported("docker run --rm -p ${PORT}:80 vllm/vllm-openai --model m").config.models["m"].timeouts.stop == 60
+
+
+def test_keys_are_hashed_or_named() -> None:
+    access = imported(LLAMA_SWAP).config.access
+    assert access is not None
+    first, second, third = access.keys.values()
+    assert first.hash == hash_key("sk-never-copied")
+    assert (second.hash, second.env) == (None, "SWAP_KEY")  # which need not be set where it is imported
+    assert third.hash == hash_key("/srv/models-key")
+    assert imported("vllm serve a --port ${PORT}").config.access is None
+
+
+def test_a_key_of_the_server_is_told_of() -> None:
+    result = imported("vllm serve a --port ${PORT} --api-key x")
+    assert "the server asks for a key" in text_of(result, "models.m.cmd")
 
 
 def test_priorities_become_head_starts() -> None:
@@ -139,6 +155,7 @@ def test_what_a_vllm_command_says_matters(options: str, level: int, served: str 
         "whisper-server --port ${PORT}",
         "llama-server --port ${PORT} -hf org/x:Q4",
         "llama-server --port ${PORT} -m /m/x.gguf --mmproj /m/p.gguf",
+        "llama-server --port ${PORT} -m /m/x.gguf -mm=/m/p.gguf",
         "llama-server --port ${PORT} -m /m/x-00001-of-00003.gguf",
         "docker run -p ${PORT}:80 some/image",
     ],
@@ -258,6 +275,18 @@ def test_the_hooks_start_a_server_tell_its_state_and_end_it(tmp_path: Path) -> N
         assert status_of(hooks.sleep) == 0
     assert not listens()
     assert status_of(hooks.alive) == 1
+
+
+def test_servers_run_by_hooks_do_not_share_a_file() -> None:
+    models = imported({name: {"cmd": "some-server --port ${PORT}"} for name in ("a/b", "a-b", "a b")}).config.models
+    files = {model.hooks.sleep[2].splitlines()[0] for model in models.values() if model.hooks}
+    assert len(files) == 3
+
+
+def test_macros_of_all_types() -> None:
+    model = {"cmd": "vllm serve ${a} ${b} ${c} --port ${PORT}", "macros": {"b": "${c}x", "c": 0.5}}
+    result = imported({"m": model}, macros={"a": True, "b": "other", "c": 1})
+    assert result.config.models["m"].command == ("vllm", "serve", "true", "0.5x", "0.5", "--port", "{port}")
 
 
 def test_a_stop_command_ends_it_in_the_hooks() -> None:
