@@ -17,8 +17,8 @@ _WITHOUT_BODY = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 def request_head(method: bytes, authority: bytes, target: bytes, headers: Headers, length: int) -> bytes:
     """Return the head of a request with a body of `length` bytes, the empty line included.
 
-    Raises `InvalidRequestError` for what would be read as something else than was meant: a line end in a header, a space in the
-    target.
+    Raises `InvalidRequestError` for what would be read as something else than was meant: a line end in a header, a space in
+    the target.
     """
     fields = b"\r\n".join(map(b": ".join, headers))
     count = len(headers) + 3

@@ -45,16 +45,12 @@ class StreamConnection:
 
     async def advance(self) -> None:
         """Send what is to be sent, then wait for the server."""
-        try:
-            if self._unsent is None:
-                await self._receive()
-            elif len(self._unsent[1]) <= _SMALL:
-                await self._send_small(b"".join(self._unsent))
-            else:
-                await self._send_large(*self._unsent)
-        except BaseException:
-            self.close()
-            raise
+        if self._unsent is None:
+            await self._receive()
+        elif len(self._unsent[1]) <= _SMALL:
+            await self._send_small(b"".join(self._unsent))
+        else:
+            await self._send_large(*self._unsent)
         response = self._response
         if response.whole and self._parser.reusable and self._unsent is None:
             self._pool.put(self)

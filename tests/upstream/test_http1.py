@@ -217,7 +217,7 @@ async def test_a_connection_that_was_idle_for_too_long_is_not_used(client: Clien
 async def test_the_answer_of_a_server_that_does_not_want_the_rest_of_the_body_arrives(client: Client) -> None:
     def script(peer: Peer) -> None:
         peer.socket.recv(1000)
-        peer.send(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nhi")
+        peer.send(b"HTTP/1.1 413 Too Large\r\ncontent-length: 2\r\n\r\nhi", bytewise=True)
         peer.client_left()
 
     client.server.script = script

@@ -127,6 +127,13 @@ def test_answers_follow_each_other_on_a_connection() -> None:
         assert len(response.headers) == 1
 
 
+def test_a_long_answer_in_short_chunks_is_not_taken_for_a_long_head() -> None:
+    data = CHUNKED + b"1\r\nx\r\n" * (MAX_HEAD // 4) + b"0\r\n\r\n"
+    response, _ = read([data[i : i + 1] for i in range(len(data))])
+    assert b"".join(response.chunks) == b"x" * (MAX_HEAD // 4)
+    assert response.whole
+
+
 def test_bytes_that_nobody_asked_for_spoil_a_connection() -> None:
     _, parser = read([PLAIN])
     parser.feed(PLAIN)
