@@ -161,6 +161,23 @@ async def test_what_the_hosts_authentication_raises_is_the_hosts_to_answer() -> 
         await call(AccessControl(configured(), resolve, identify), Inner())
 
 
+@pytest.mark.parametrize(
+    ("version", "headers", "closes"),
+    [
+        ("1.1", [(b"content-length", b"5")], True),
+        ("1.0", [(b"transfer-encoding", b"chunked")], True),
+        ("1.1", [(b"accept", b"*/*")], False),
+        ("2", [(b"content-length", b"5")], False),  # there it is forbidden, and not needed
+    ],
+)
+async def test_the_connection_of_a_body_that_is_not_read_is_not_used_again(
+    version: str, headers: list[tuple[bytes, bytes]], closes: bool
+) -> None:
+    sent = await call(AccessControl(configured(), resolve), Inner(), http_version=version, headers=headers)
+    assert sent[0]["status"] == 401
+    assert ((b"connection", b"close") in sent[0]["headers"]) == closes
+
+
 # A request that ends in any way
 
 
