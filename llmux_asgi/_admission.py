@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ._state import SwitcherState
-from .exceptions import InvalidRequestError, QueueFullError
+from .exceptions import InvalidRequestError, QueueFullError, quoted
 
 __all__ = ["Priorities", "QueueLimits"]
 
@@ -29,7 +29,9 @@ class Priorities:
             return self._defaults.get(model)
         if asked not in self._head_starts:
             known = f"one of {', '.join(self._head_starts)}" if self._head_starts else "none: no priorities are configured"
-            raise InvalidRequestError(f"The priority {asked!r} does not exist. It must be {known}.", param="x-llmux-priority")
+            raise InvalidRequestError(
+                f"The priority {quoted(asked)} does not exist. It must be {known}.", param="x-llmux-priority"
+            )
         return asked
 
     def head_start(self, priority: str | None) -> float:

@@ -6,6 +6,7 @@ Sources: https://platform.openai.com/docs/guides/error-codes and https://docs.an
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,11 @@ from ._openai import Headers
 from ._routes import ErrorShape
 from .exceptions import (
     AuthenticationError,
+    BodyTimeoutError,
     BodyTooLargeError,
+    BuffersFullError,
+    EncodedBodyError,
+    HeadersTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
@@ -31,6 +36,8 @@ from .exceptions import (
     UnservedRouteError,
     UpstreamError,
 )
+
+_ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'\"]*)?")
 
 __all__ = ["ErrorAnswer", "describe", "error_event"]
 
@@ -69,7 +76,7 @@ class _Facts(NamedTuple):
 
 def describe(exc: LLMuxError, shape: ErrorShape = "openai") -> ErrorAnswer:
     """Put an error into the client's shape, with its status and headers."""
-    facts, message = _facts_of(exc), str(exc)
+    facts, message = _facts_of(exc), _for_clients(str(exc))
     if shape == "anthropic":
         content: object = {"type": "error", "error": {"type": _anthropic_type(facts.status), "message": message}}
     else:
@@ -82,6 +89,14 @@ def error_event(exc: LLMuxError, shape: ErrorShape = "openai") -> bytes:
     """Return the server-sent event that tells of an error in the middle of a stream."""
     name = b"event: error\n" if shape == "anthropic" else b""
     return name + b"data: " + describe(exc, shape).body + b"\n\n"
+
+
+def _for_clients(message: str) -> str:
+    """Leave out what is for the log only: addresses of servers, and lines that a process wrote."""
+    first, cut, _ = message.partition("\n")
+    if cut:
+        first = first.removesuffix(":") + " are in the gateway's log."
+    return _ADDRESS.sub("the server", first)
 
 
 def _facts_of(exc: LLMuxError) -> _Facts:
@@ -99,6 +114,14 @@ def _facts_of(exc: LLMuxError) -> _Facts:
             return _Facts(404, "invalid_request_error", "response_not_found", "response_id")
         case BodyTooLargeError():
             return _Facts(413, "invalid_request_error", "request_too_large")
+        case BodyTimeoutError():
+            return _Facts(408, "invalid_request_error", "request_timeout")
+        case EncodedBodyError():
+            return _Facts(415, "invalid_request_error", "unsupported_content_encoding")
+        case HeadersTooLargeError():
+            return _Facts(431, "invalid_request_error", "headers_too_large")
+        case BuffersFullError():
+            return _Facts(503, "server_error", "buffers_full", retry_after=exc.retry_after)
         case AuthenticationError():
             return _Facts(401, "invalid_request_error", "invalid_api_key")
         case PermissionDeniedError():

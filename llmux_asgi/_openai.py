@@ -39,7 +39,7 @@ _HOP_BY_HOP = frozenset(
 PRIORITY_HEADER = b"x-llmux-priority"
 """Request header that names the request's priority class."""
 # Answers are looked into, event by event, so they must come as they are. A priority is the gateway's affair.
-_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", PRIORITY_HEADER}
+_NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-encoding", b"x-llmux-model", PRIORITY_HEADER}
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"})
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -26,6 +27,7 @@ from ._openai import (
 from ._payload import payload
 from ._routes import Address, ErrorShape
 from ._spawn import Later
+from ._waiting import SendWatch
 from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
@@ -61,6 +63,9 @@ class Proxy:
 
     While a request is frozen its client gets a comment in the stream every `heartbeat` seconds. `max_frozen` seconds of that
     are allowed for beside the silence that `timeouts.read` allows a server.
+
+    A client that does not take a part of its answer for `write_timeout` seconds is dropped and its lease given back: it must
+    not hold up a switch.
     """
 
     def __init__(
@@ -70,17 +75,19 @@ class Proxy:
         *,
         heartbeat: float = 10.0,
         max_frozen: float = 0.0,
+        write_timeout: float = 60.0,
     ) -> None:
         self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
         self._upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
+        self._write_timeout = write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
         body = await _read_body(receive)
         if body is not None:
             target = self._targets[scope[SCOPE_LEASE].model]
-            await _Relay(scope, receive, send, target, self._upstream, self._heartbeat).run(body)
+            await _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout).run(body)
 
     async def aclose(self) -> None:
         """Close idle connections to the servers."""
@@ -115,11 +122,20 @@ class _Relay:
     """One request on its way."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, target: _Target, upstream: Upstream, heartbeat: float
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        target: _Target,
+        upstream: Upstream,
+        heartbeat: float,
+        write_timeout: float,
     ) -> None:
         self._scope = scope
         self._receive = receive
-        self._send = send
+        self._beside: list[Later] = []
+        """What runs beside the relay, and ends with it."""
+        self._send = SendWatch(send, write_timeout, self._run_beside, self._drop_client)
         self._heartbeat = heartbeat
         self._target = target
         self._upstream = upstream
@@ -127,7 +143,6 @@ class _Relay:
         self._address: Address = scope[SCOPE_ADDRESS]
         self._relaying = anyio.CancelScope()
         self._client_left = False
-        self._bridging: Later | None = None
         self._frozen_too_long: LLMuxError | None = None
         self._started = False
         self._sending = False
@@ -143,7 +158,7 @@ class _Relay:
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
 
     async def run(self, body: bytes) -> None:
-        watching = Later(self._watch_client, _WATCH_AFTER)
+        self._run_beside(self._watch_client, _WATCH_AFTER)
         try:
             with self._relaying, self._lease.exchange(self._interrupt, self._freeze):
                 while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
@@ -163,9 +178,11 @@ class _Relay:
         except LLMuxError as exc:
             await self._fail(exc)
         finally:
-            watching.stop()
-            if self._bridging is not None:
-                self._bridging.stop()
+            for task in self._beside:
+                task.stop()
+
+    def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]], delay: float = 0.0) -> None:
+        self._beside.append(Later(function, delay))
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -180,9 +197,7 @@ class _Relay:
         self._relaying.deadline = anyio.current_time() + INTERRUPTED_GRACE
 
     def _freeze(self, freeze: Freeze) -> None:
-        if self._bridging is not None:
-            self._bridging.stop()
-        self._bridging = Later(partial(self._bridge, freeze), 0.0)
+        self._run_beside(partial(self._bridge, freeze))
 
     async def _bridge(self, freeze: Freeze) -> None:
         """While the request is frozen, let its client know that the stream is alive; end it if that takes too long."""
@@ -300,6 +315,14 @@ class _Relay:
         self._ended = last
         await self._send({"type": "http.response.body", "body": data, "more_body": not last})
         self._sending = False
+
+    def _drop_client(self) -> None:
+        """The client does not read its answer: end the exchange. Nothing more can be told to it."""
+        logger.warning("a client of the model %r does not read its answer: it is dropped", self._lease.model)
+        failed(self._lease.span, TimeoutError("the client did not read its answer"))
+        self._lease.release()  # at once: there are servers that shield the send that it hangs in
+        self._client_left = True
+        self._relaying.cancel()
 
     def _interrupted(self) -> LLMuxError:
         if error := self._frozen_too_long or self._lease.error:

@@ -84,12 +84,16 @@ class LLMuxApp:
             upstream,
             heartbeat=self.config.limits.heartbeat,
             max_frozen=self.switcher.max_frozen,
+            write_timeout=self.config.limits.write_timeout,
         )
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
             self._responses,
             self.switcher,
             max_body=self.config.limits.max_body,
+            max_headers=self.config.limits.max_headers,
+            max_buffered=self.config.limits.max_buffered,
+            body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
             tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
         )
@@ -203,7 +207,7 @@ class LLMuxApp:
         if model is not None or (response := response_id(address)) is None:
             return address
         model = (
-            header_of(scope, MODEL_HEADER.encode("ascii"))
+            header_of(scope["headers"], MODEL_HEADER.encode("ascii"))
             or model_in_query(scope["query_string"])
             or self._responses.get(response)
         )

@@ -4,7 +4,11 @@
     ├── ConfigError                 the configuration is wrong: says where and why
     ├── PolicyError                 a switch policy broke its contract
     ├── InvalidRequestError         the request names no model, or is not JSON
-    │   └── BodyTooLargeError       the request's body exceeds the limit
+    │   ├── BodyTimeoutError        the request's body did not arrive in time
+    │   ├── BodyTooLargeError       the request's body exceeds the limit
+    │   ├── EncodedBodyError        the request's body is compressed
+    │   └── HeadersTooLargeError    the request's headers exceed the limit
+    ├── BuffersFullError            the bodies of all requests together exceed the limit
     ├── AuthenticationError         no valid credential came with the request
     ├── PermissionDeniedError       the client's key does not allow what it asks for
     ├── RateLimitError              the client's key has used up what it may
@@ -44,8 +48,12 @@ __all__ = [
     "BackendTimeoutError",
     "BackendUnreachableError",
     "BackendUnsupportedError",
+    "BodyTimeoutError",
     "BodyTooLargeError",
+    "BuffersFullError",
     "ConfigError",
+    "EncodedBodyError",
+    "HeadersTooLargeError",
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxError",
@@ -62,6 +70,14 @@ __all__ = [
     "UnservedRouteError",
     "UpstreamError",
 ]
+
+
+_LONGEST_QUOTE = 200
+
+
+def quoted(text: str) -> str:
+    """Return what a client has sent as it may stand in a message: cut short, control characters and quotes escaped."""
+    return repr(text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + "…")
 
 
 class LLMuxError(Exception):
@@ -123,14 +139,16 @@ class UnknownRouteError(LLMuxError):
     """Nothing is served under this path."""
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"Unknown request URL: {method} {path}. The gateway serves the inference routes of its API only.")
+        super().__init__(
+            f"Unknown request URL: {method[:20]} {quoted(path)}. The gateway serves the inference routes of its API only."
+        )
 
 
 class MethodNotAllowedError(LLMuxError):
     """The path is served, and has other methods; they are in the header `Allow`."""
 
     def __init__(self, method: str, path: str, allowed: Sequence[str]) -> None:
-        super().__init__(f"Method {method} is not allowed for {path}.")
+        super().__init__(f"Method {method[:20]} is not allowed for {quoted(path)}.")
         self.headers = ((b"allow", ", ".join(allowed).encode("ascii")),)
 
 
@@ -138,7 +156,7 @@ class UnservedRouteError(LLMuxError):
     """The model is configured with other tasks than the one that the path asks for."""
 
     def __init__(self, model: str, path: str, tasks: Collection[str]) -> None:
-        super().__init__(f"The model {model!r} does not serve {path}. Its tasks are: {', '.join(tasks)}.")
+        super().__init__(f"The model {model!r} does not serve {quoted(path)}. Its tasks are: {', '.join(tasks)}.")
         self.model = model
 
 
@@ -147,15 +165,47 @@ class UnknownResponseError(LLMuxError):
 
     def __init__(self, response: str) -> None:
         super().__init__(
-            f"The response {response!r} is not known here. If it should be, name its model: ?model=NAME or x-llmux-model."
+            f"The response {quoted(response)} is not known here. If it should be, name its model: ?model=NAME or x-llmux-model."
         )
+
+
+class BodyTimeoutError(InvalidRequestError):
+    """The request's body has not arrived whole within `limit` seconds."""
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(f"The request body did not arrive within the limit of {limit:.3g} s.")
+        self.limit = limit
+
+
+class EncodedBodyError(InvalidRequestError):
+    """The request's body is compressed. It would have to be inflated to find the model's name."""
+
+    def __init__(self) -> None:
+        super().__init__("The request body must not be compressed: leave out Content-Encoding.")
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    """The request's headers and query are larger than `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The request's headers and query are larger than the limit of {limit} bytes.")
+        self.limit = limit
+
+
+class BuffersFullError(LLMuxError):
+    """The bodies of all requests together are larger than `limit` bytes. `retry_after` is in seconds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The gateway holds {limit} bytes of request bodies and takes no more. Send the request again later.")
+        self.limit = limit
+        self.retry_after = 1.0
 
 
 class UnknownModelError(LLMuxError):
     """No model is configured under this name or alias."""
 
     def __init__(self, model: str) -> None:
-        super().__init__(f"The model {model!r} does not exist. GET /v1/models lists the models served here.")
+        super().__init__(f"The model {quoted(model)} does not exist. GET /v1/models lists the models served here.")
         self.model = model
 
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
 from ._errors import describe
+from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
 from ._openai import PRIORITY_HEADER, Headers, content_length
@@ -24,6 +25,7 @@ from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
 from .config import Task
 from .exceptions import (
+    BodyTimeoutError,
     BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
@@ -44,6 +46,9 @@ __all__ = ["MODEL_HEADER", "LLMuxMiddleware", "header_of", "route_path"]
 MODEL_HEADER = "x-llmux-model"
 """Request header that names the model in place of the body."""
 _MODEL_HEADER = MODEL_HEADER.encode("ascii")
+
+_LONGEST_NAME = 200
+"""Characters of a model's name, as the client wrote it, that a span gets."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +75,9 @@ class LLMuxMiddleware:
     `x-llmux-priority` names the request's priority class.
 
     The inner app finds the lease as `scope["llmux.lease"]`: `lease.model` is the configured name.
+    A request with more than `max_headers` bytes of headers and query, with a compressed body, or whose body takes longer than
+    `body_timeout` seconds to arrive is refused, and so is one whose body would make it more than `max_buffered` bytes of all
+    requests together.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
     """
 
@@ -81,6 +89,9 @@ class LLMuxMiddleware:
         paths: Collection[str] = INFERENCE_ROUTES,
         unknown: Literal["reject", "pass"] = "reject",
         max_body: int = 32 * 1024 * 1024,
+        max_headers: int = 64 * 1024,
+        max_buffered: int = 1024 * 1024 * 1024,
+        body_timeout: float = 60.0,
         request_log: str | os.PathLike[str] | None = None,
         tasks: Mapping[str, Collection[Task]] | None = None,
     ) -> None:
@@ -90,6 +101,7 @@ class LLMuxMiddleware:
         self.tasks = tasks or {}
         self.unknown = unknown
         self.max_body = max_body
+        self.intake = Intake(max_headers, body_timeout, max_buffered)
         self.request_log = RequestLog(request_log) if request_log is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,7 +137,10 @@ class _Responder:
         self._middleware = middleware
         self._switcher = middleware.switcher
         self._scope = scope
+        # uvicorn adds the trailers to this list, when the body is there: what was not checked must not be passed on.
+        self._headers: Headers = list(scope["headers"])
         self._receive = receive
+        self._upload = Upload(middleware.intake, receive)
         self._send = send
         self._address = address
         self._span = span
@@ -148,7 +163,7 @@ class _Responder:
             named = await self._find_name()
             if self._disconnected:
                 return
-            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named)
+            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named[:_LONGEST_NAME])
             if self._grant is not None:
                 self._span.set_attribute(names.ENDUSER_ID, self._grant.identity.name)
                 self._grant.require(named)
@@ -157,7 +172,7 @@ class _Responder:
                 self._span.set_attribute(names.MODEL, model)
                 self._middleware.require_task(model, self._address)
                 self._times.arrived()
-                asked = header_of(self._scope, PRIORITY_HEADER)
+                asked = header_of(self._headers, PRIORITY_HEADER)
                 if self._grant is not None:
                     asked = self._grant.priority(asked)
                 self._priority = self._switcher.priority(model, asked)
@@ -180,6 +195,7 @@ class _Responder:
                 logger.warning("%s", exc)
             await self._refuse(exc)
         finally:
+            self._upload.close()
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
@@ -214,7 +230,7 @@ class _Responder:
             if self._grant is not None:
                 self._grant.reach()
             ours = {SCOPE_LEASE: lease, SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, SCOPE_LAST_TRY: last}
-            scope = {**self._scope, **ours}
+            scope = {**self._scope, "headers": self._headers, **ours}
             await self._middleware.app(scope, self._replay, self._watch_answer)
         finally:
             lease.release()
@@ -243,12 +259,13 @@ class _Responder:
         return lease
 
     async def _find_name(self) -> str:
+        self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
-        if (named := self._address.model or header_of(self._scope, _MODEL_HEADER)) is not None:
+        if (named := self._address.model or header_of(self._headers, _MODEL_HEADER)) is not None:
             return named
-        named, self._times.stream = read_payload(self._address.route, self._scope["headers"], self._body or b"")
+        named, self._times.stream = read_payload(self._address.route, self._headers, self._body or b"")
         self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, self._times.stream)
         self._named = named_model(named)
         return self._named
@@ -256,12 +273,12 @@ class _Responder:
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
         limit = self._middleware.max_body
-        if (content_length(self._scope["headers"]) or 0) > limit:
+        if (content_length(self._headers) or 0) > limit:
             raise BodyTooLargeError(limit)
         whole: io.BytesIO | None = None
         size = 0
         while True:
-            message = await self._receive()
+            message = await self._upload.receive()
             if message["type"] == "http.disconnect":
                 self._note_disconnect()
                 return False
@@ -311,13 +328,15 @@ class _Responder:
 
     async def _refuse(self, exc: LLMuxError) -> None:
         answer = describe(exc, self._address.route.errors)
-        await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+        headers = answer.headers
+        if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):
+            headers.append((b"connection", b"close"))  # the rest of the body is not waited for
+        await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
 
 
-def header_of(scope: Scope, wanted: bytes) -> str | None:
+def header_of(headers: Headers, wanted: bytes) -> str | None:
     """Return the first value of a request header, `None` if there is none. `wanted` is in lower case."""
-    headers: Headers = scope["headers"]
     return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
 

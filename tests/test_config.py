@@ -69,6 +69,10 @@ FULL: dict[str, Any] = {
     },
     "limits": {
         "max_body": 1000,
+        "max_headers": 2048,
+        "max_buffered": 4000,
+        "body_timeout": 7,
+        "write_timeout": 8,
         "backoff_initial": 0.5,
         "backoff_max": 8,
         "health_interval": None,
@@ -218,6 +222,12 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         ({**MINIMAL, "priorities": {"low": -1}}, "$.priorities[...]: expected `float` >= 0.0"),
         (model(max_waiting=0), "$.models.qwen.max_waiting: expected `int` >= 1"),
+        ({**MINIMAL, "limits": {"max_headers": 1023}}, "$.limits.max_headers: expected `int` >= 1024"),
+        ({**MINIMAL, "limits": {"body_timeout": 0}}, "$.limits.body_timeout: expected `float` > 0.0"),
+        (
+            {**MINIMAL, "limits": {"max_buffered": 33554431}},
+            "$.limits.max_buffered: must not be less than max_body, which is 33554432",
+        ),
         ({**MINIMAL, "limits": {"max_waiting": 0}}, "$.limits.max_waiting: expected `int` >= 1"),
         (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),
         (model(preload=True), "$.models.qwen.preload: has no effect without a command"),

@@ -42,6 +42,8 @@ LAYERS = [
         "upstream._http1",
         "upstream._httpx",
         "upstream",
+        "_intake",
+        "_waiting",
         "_spawn",
         "_estimates_file",
         "_request_log",

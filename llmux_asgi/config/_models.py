@@ -261,11 +261,26 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         PositiveInt | None,
         Meta(description="How many requests may wait, for all models together; more get a 429. null: no limit."),
     ] = 1000
+    max_headers: Annotated[
+        int, Meta(ge=1024, description="Largest headers and query of a request, together, in bytes; larger ones get a 431.")
+    ] = 64 * 1024
+    max_buffered: Annotated[
+        int, Meta(gt=0, description="Bytes of request bodies held at one time, of all requests; what exceeds it gets a 503.")
+    ] = 1024 * 1024 * 1024
+    body_timeout: Annotated[
+        PositiveSeconds, Meta(description="Time in which a request's body has to arrive; slower ones get a 408.")
+    ] = 60.0
+    write_timeout: Annotated[
+        PositiveSeconds,
+        Meta(description="Longest time in which a client reads nothing of its answer; then it is dropped."),
+    ] = 60.0
     shutdown: Annotated[Seconds, Meta(description="Time that running requests have to end in when the gateway stops.")] = 30.0
 
     def __post_init__(self) -> None:
         if self.backoff_initial > self.backoff_max:
             raise _ValueConfigError("backoff_max", f"must not be less than backoff_initial, which is {self.backoff_initial:g}")
+        if self.max_buffered < self.max_body:
+            raise _ValueConfigError("max_buffered", f"must not be less than max_body, which is {self.max_body}")
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,4 +1,4 @@
-"""`/v1/audio/speech` and `/v1/images/generations`: not vLLM's, but those of vLLM-Omni, which is served in the same way.
+"""Speech and images, as vLLM-Omni makes them: vLLM has no such routes, but the servers are served in the same way.
 
 Source: vllm-project/vllm-omni, `entrypoints/openai/protocol/audio.py` and `images.py`. Sound and picture are real files that
 depend on the model and the prompt: a WAV of noise, and a PNG of one pixel.
@@ -17,13 +17,14 @@ import msgspec
 from starlette.types import Receive, Send
 
 from .asgi import HttpError, read_body, send_body, send_json
+from .audio import parse_form
 from .engine import Engine
 from .faults import FaultPlan
 from .generate import check_model, decode, required, run_whole, strike, submit
 
 __all__ = ["OMNI_PATHS", "make"]
 
-OMNI_PATHS = frozenset({"/v1/audio/speech", "/v1/images/generations"})
+OMNI_PATHS = frozenset({"/v1/audio/speech", "/v1/images/generations", "/v1/images/edits"})
 _TOKENS = 12
 _RATE = 24_000
 
@@ -37,9 +38,15 @@ class _Request(msgspec.Struct):
     response_format: str | None = None
 
 
-async def make(engine: Engine, faults: FaultPlan, path: str, receive: Receive, send: Send) -> None:
+async def make(engine: Engine, faults: FaultPlan, path: str, content_type: str, receive: Receive, send: Send) -> None:
     """Answer one request. Raises `HttpError`."""
-    request = decode(await read_body(receive), _Request)
+    body = await read_body(receive)
+    if path == "/v1/images/edits":
+        parts = parse_form(content_type, body)
+        form = {name: part.content.decode("utf-8", "replace") for name, part in parts.items() if part.filename is None}
+        request = _Request(form.get("model"), prompt=form.get("prompt"))
+    else:
+        request = decode(body, _Request)
     speech = path == "/v1/audio/speech"
     prompt = request.input if speech else request.prompt
     required(prompt, "input" if speech else "prompt")

@@ -74,7 +74,7 @@ class SimVLLM:
         self._routes = info.public() | private
         posts = GENERATE_PATHS | POOLING_PATHS | OMNI_PATHS | AUDIO_PATHS
         self._paths = {path for _, path in self._routes} | posts
-        self._json_paths = self._paths - self._private_paths - AUDIO_PATHS
+        self._json_paths = self._paths - self._private_paths - AUDIO_PATHS - {"/v1/images/edits"}
         stored = [("GET", "/v1/responses/{response_id}"), ("POST", "/v1/responses/{response_id}/cancel")]
         info.paths = [*self._routes, *(("POST", path) for path in posts), *stored]
         self._routes |= {
@@ -114,7 +114,7 @@ class SimVLLM:
         elif method == "POST" and path in AUDIO_PATHS:
             await transcribe(self.engine, self._faults, path, content_type, receive, send)
         elif method == "POST" and path in OMNI_PATHS:
-            await make(self.engine, self._faults, path, receive, send)
+            await make(self.engine, self._faults, path, content_type, receive, send)
         elif (handler := self._routes.get((method, path))) is not None:
             query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
             await handler(query, receive, send)

@@ -103,7 +103,7 @@ class AsyncioConnection(asyncio.Protocol):
             return
         if response.whole:
             self._response = None
-            if parser.reusable and self._unsent is None and not self._closed:
+            if parser.reusable and self._unsent is None and not self._transport.get_write_buffer_size():
                 self._pool.put(self)
             else:
                 self.close()

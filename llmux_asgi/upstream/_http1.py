@@ -46,7 +46,7 @@ class Http1Upstream:
     async def request(
         self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
     ) -> Http1Response:
-        """Send a request; see `Upstream`. Raises `ValueError` if method, target or headers are not those of one request."""
+        """Send a request; see `Upstream`. Raises `InvalidRequestError` for what HTTP does not allow."""
         head = request_head(method, origin.authority, target, headers, len(body))
         pool = self._pool(origin)
         connection: PooledConnection | None = pool.take()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from .._openai import Headers
+from ..exceptions import InvalidRequestError
 
 __all__ = ["request_head"]
 
@@ -16,21 +17,24 @@ _WITHOUT_BODY = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 def request_head(method: bytes, authority: bytes, target: bytes, headers: Headers, length: int) -> bytes:
     """Return the head of a request with a body of `length` bytes, the empty line included.
 
-    Raises `ValueError` for what would be read as something else than was meant: a line end in a header, a space in the target.
+    Raises `InvalidRequestError` for what would be read as something else than was meant: a line end in a header, a space in the
+    target.
     """
-    lines = [b"%b: %b" % pair for pair in headers]
+    fields = b"\r\n".join(map(b": ".join, headers))
+    count = len(headers) + 3
     if length or method not in _WITHOUT_BODY:
-        lines.append(b"content-length: %d" % length)
-    head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n\r\n" % (method, target, authority, b"\r\n".join(lines))
-    if not lines:
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n%b\r\n\r\n" % (method, target, authority, length, fields)
+        count += 1
+    else:
+        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n\r\n" % (method, target, authority, fields)
+    if not fields:
         head = head[:-2]
-    ends = len(lines) + 3 if lines else 3
     if (
-        head.count(b"\n") != ends
-        or head.count(b"\r") != ends
+        head.count(b"\n") != count
+        or head.count(b"\r") != count
         or b"\0" in head
         or _is_target(target) is None
         or _is_token(method) is None
     ):
-        raise ValueError("the request's method, target or headers contain what HTTP does not allow")
+        raise InvalidRequestError("The request's method, path, query or headers contain what HTTP does not allow.")
     return head

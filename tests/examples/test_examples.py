@@ -110,6 +110,22 @@ def test_the_policy_of_ones_own_defers_only_while_the_awake_model_is_busy(tmp_pa
         check_both_models(f"{url}/llm")
 
 
+def test_the_requests_go_over_a_client_of_ones_own(tmp_path: Path, sims: list[SimProcess]) -> None:
+    example = load_example("own_client", tmp_path, sims)
+    relayed: list[bytes] = []
+    handle = example.transport.handle_async_request
+
+    async def note(request: httpx.Request) -> httpx.Response:
+        relayed.append(request.extensions["target"])
+        response: httpx.Response = await handle(request)
+        return response
+
+    example.transport.handle_async_request = note
+    with serving(example.app) as url:
+        check_both_models(f"{url}/llm")
+    assert set(relayed) == {b"/v1/chat/completions"}
+
+
 def _waiting(active_in_flight: int) -> PolicyContext:
     return PolicyContext(
         target_model="llama", active_model="qwen", target_queue_depth=1, oldest_waiting=0.1, active_in_flight=active_in_flight

@@ -41,8 +41,8 @@ def port_taken(stage: Stage) -> None:
 
 @fault(
     "The command ends before the server is ready",
-    "503 with its exit status and its last lines; other models are served",
-    "ERROR with them; each line at INFO in `llmux_asgi.vllm`",
+    "503 with its exit status; other models are served",
+    "ERROR with it and its last lines; each line at INFO in `llmux_asgi.vllm`",
     "not started again before the back-off is over",
     Setting(
         managed="b",
@@ -54,7 +54,7 @@ def start_crashes(stage: Stage) -> None:
     answer = stage.ask("b")
     assert answer.status == 503
     assert "exit status 3" in answer.error
-    assert "ValueError: no such model" in answer.error
+    assert "ValueError" not in answer.error
     assert stage.logged("ValueError: no such model", logging.ERROR)
     assert stage.logged("[b] loading", logging.INFO)
     stage.checked = "a"
@@ -62,8 +62,8 @@ def start_crashes(stage: Stage) -> None:
 
 @fault(
     "The command does not get ready",
-    "503 after `timeouts.start`, with its last lines",
-    "ERROR 'was not ready in'",
+    "503 after `timeouts.start`",
+    "ERROR 'was not ready in', with its last lines",
     "the process is killed, and all that it has started",
     Setting(
         managed="b",
@@ -84,14 +84,15 @@ def start_hangs(stage: Stage) -> None:
     answer = stage.ask("b")
     assert answer.status == 503
     assert "was not ready in 0.7 s" in answer.error
-    assert "hanging" in answer.error
+    assert "hanging" not in answer.error
+    assert stage.logged("hanging", logging.ERROR)
     assert stage.own_processes() == []
     stage.checked = "a"
 
 
 @fault(
     "The command cannot be run",
-    "503 with the reason",
+    "503 with its exit status",
     "ERROR 'No such file or directory'",
     "as before",
     Setting(managed="b", config={"b": {"command": ["/no/such/vllm", "{port}"]}}, warm=False),
@@ -99,15 +100,15 @@ def start_hangs(stage: Stage) -> None:
 def command_not_found(stage: Stage) -> None:
     answer = stage.ask("b")
     assert answer.status == 503
-    assert "No such file or directory: '/no/such/vllm'" in answer.error
+    assert "exit status 127" in answer.error
     assert stage.logged("No such file or directory", logging.ERROR)
     stage.checked = "a"
 
 
 @fault(
     "There is too little memory for a process that starts: somebody else uses the GPU",
-    "503 with the server's last lines",
-    "ERROR 'out of memory'",
+    "503",
+    "ERROR 'out of memory', with the server's last lines",
     "other models are served if they fit; started at the next request",
     Setting(managed="ab", warm=False),
 )
@@ -115,7 +116,7 @@ def start_out_of_memory(stage: Stage) -> None:
     stage.occupy_the_gpu(16384)
     answer = stage.ask("b")
     assert answer.status == 503
-    assert "CUDA out of memory" in answer.error
+    assert stage.logged("CUDA out of memory", logging.ERROR)
     stage.free_the_gpu()
 
 

@@ -130,6 +130,15 @@ def test_an_embedding_in_base64_is_the_same_as_in_numbers(vllm: Driver) -> None:
         assert list(struct.unpack("<8f", base64.b64decode(each["embedding"]))) == pytest.approx(plain)
 
 
+def test_coheres_embeddings_are_the_same_as_openais(vllm: Driver) -> None:
+    (plain,) = vllm.post("/v1/embeddings", {"model": "a", "input": "x"}).json()["data"]
+    body = {"model": "a", "texts": ["x"], "input_type": "search_query", "embedding_types": ["float", "base64"]}
+    answer = vllm.post("/v2/embed", body).json()
+    assert answer["embeddings"]["float"] == [plain["embedding"]]
+    assert len(base64.b64decode(answer["embeddings"]["base64"][0])) == 32
+    assert vllm.post("/v2/embed", {"model": "a"}).status_code == 400
+
+
 def test_a_rank_is_cut_to_its_top(vllm: Driver) -> None:
     documents = ["p", "q", "r"]
     body = {"model": "a", "query": "x", "documents": documents, "top_n": 2}
@@ -189,6 +198,9 @@ def test_speech_and_images_are_files_of_their_kind(vllm: Driver) -> None:
     assert [base64.b64decode(each["b64_json"])[:4] for each in drawn] == [b"\x89PNG"] * 2
     assert vllm.post("/v1/audio/speech", {"model": "a", "input": "x", "response_format": "mp3"}).status_code == 400
     assert vllm.post("/v1/images/generations", {"model": "a"}).status_code == 400
+    form = {"model": "a", "prompt": "hello"}
+    edited = vllm.client.post("/v1/images/edits", data=form, files={"image": ("a.png", b"...", "image/png")})
+    assert edited.json()["data"] == drawn[:1]
 
 
 # Realtime

@@ -1,0 +1,78 @@
+"""What is refused before a request is looked at, and how long and how much of it is taken in."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from itertools import chain
+
+from starlette.types import Message, Receive
+
+from ._openai import Headers
+from ._waiting import within
+from .exceptions import BodyTimeoutError, BuffersFullError, EncodedBodyError, HeadersTooLargeError, InvalidRequestError
+
+__all__ = ["Intake", "Upload"]
+
+# A server's parser lets none of these pass. Others that hand a request to the gateway may: HTTP/2, a host's own rewriting.
+_BAD_QUERY = re.compile(rb"[^!-~]|#")
+_AS_IT_IS = (b"", b"identity")
+
+
+@dataclass(slots=True)
+class Intake:
+    """The limits, and the bytes of all bodies that are held at present."""
+
+    max_headers: int
+    """Bytes of the names and values of a request's headers and its query, together."""
+    body_timeout: float
+    """Seconds in which a body has to arrive whole."""
+    max_buffered: int
+    """Bytes of all bodies together, until their requests are over."""
+    held: int = 0
+
+    def check(self, headers: Headers, query: bytes) -> None:
+        """Raise `InvalidRequestError` if a request must not be passed on, or cannot be."""
+        raw = b"".join(chain.from_iterable(headers))
+        if len(raw) + len(query) > self.max_headers:
+            raise HeadersTooLargeError(self.max_headers)
+        if b"\n" in raw or b"\r" in raw or b"\0" in raw:
+            raise InvalidRequestError("A header has a line break or a null byte in it.")
+        if query and _BAD_QUERY.search(query):
+            raise InvalidRequestError("The query has characters in it that must be percent-encoded.")
+        if b"content-encoding" in raw:
+            for name, value in headers:
+                if name == b"content-encoding" and value.strip().lower() not in _AS_IT_IS:
+                    raise EncodedBodyError
+
+
+class Upload:
+    """The body of one request on its way in."""
+
+    __slots__ = ("_began", "_held", "_intake", "_receive")
+
+    def __init__(self, intake: Intake, receive: Receive) -> None:
+        self._intake = intake
+        self._receive = receive
+        self._began = time.monotonic()
+        self._held = 0
+
+    async def receive(self) -> Message:
+        """Return the next ASGI message. Raises `BodyTimeoutError` or `BuffersFullError`."""
+        intake = self._intake
+        try:
+            message = await within(self._began + intake.body_timeout - time.monotonic(), self._receive())
+        except TimeoutError:
+            raise BodyTimeoutError(intake.body_timeout) from None
+        size = len(message.get("body", b""))
+        if intake.held + size > intake.max_buffered:
+            raise BuffersFullError(intake.max_buffered)
+        intake.held += size
+        self._held += size
+        return message
+
+    def close(self) -> None:
+        """The request is over, and its body not held any more."""
+        self._intake.held -= self._held
+        self._held = 0

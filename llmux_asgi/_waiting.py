@@ -1,0 +1,127 @@
+"""Waits with a time limit that cost nothing where there is nothing to wait for.
+
+A cancel scope for each message costs more than the message. Mostly `receive` has its message at hand, and `send` has room for
+its own: they return without a wait, and no timer is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, Generic, TypeVar
+
+import anyio
+from starlette.types import Message, Send
+
+__all__ = ["SendWatch", "within"]
+
+_T = TypeVar("_T")
+
+
+class _Noticed(Generic[_T]):
+    """Awaits `awaitable`, and calls `waits` once, before it is suspended for the first time."""
+
+    __slots__ = ("_awaitable", "_waits")
+
+    def __init__(self, awaitable: Awaitable[_T], waits: Callable[[], None]) -> None:
+        self._awaitable = awaitable
+        self._waits = waits
+
+    def __await__(self) -> Generator[Any, Any, _T]:
+        steps = self._awaitable.__await__()
+        try:
+            suspended_on = next(steps)
+            self._waits()
+            # From here on this is `yield from`, which cannot take over a generator that was begun.
+            while True:
+                try:
+                    value = yield suspended_on
+                except GeneratorExit:
+                    steps.close()
+                    raise
+                except BaseException as exc:  # noqa: BLE001 - handed on to where it belongs
+                    suspended_on = steps.throw(exc)
+                else:
+                    suspended_on = steps.send(value)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+
+
+async def within(seconds: float, awaitable: Awaitable[_T]) -> _T:
+    """Await `awaitable`. If it has not returned after `seconds` it is cancelled. Raises `TimeoutError`."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:  # trio: a scope is cheap there, and there is no other way
+        with anyio.fail_after(seconds):
+            return await awaitable
+    timer: asyncio.TimerHandle | None = None
+    late = False
+
+    def expire(task: asyncio.Task[Any]) -> None:
+        nonlocal late
+        late = True
+        task.cancel()
+
+    def waits() -> None:
+        nonlocal timer
+        if (task := asyncio.current_task()) is not None:
+            timer = loop.call_later(max(0.0, seconds), expire, task)
+
+    try:
+        return await _Noticed(awaitable, waits)
+    except asyncio.CancelledError as exc:
+        task = asyncio.current_task()
+        if late and task is not None and task.uncancel() == 0:
+            raise TimeoutError from exc
+        raise
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+class SendWatch:
+    """Sends messages, and calls `stalled` once if one of them is not taken for `limit` seconds.
+
+    It does not cancel the `send`: some servers shield theirs (hypercorn on trio). `start` starts a task that ends with the
+    exchange; that happens when a message has to wait for the first time.
+    """
+
+    __slots__ = ("_limit", "_send", "_since", "_stalled", "_start", "_watched")
+
+    def __init__(
+        self,
+        send: Send,
+        limit: float,
+        start: Callable[[Callable[[], Coroutine[Any, Any, None]]], object],
+        stalled: Callable[[], None],
+    ) -> None:
+        self._send = send
+        self._limit = limit
+        self._start = start
+        self._since: float | None = None
+        """When the message that is being sent began to wait."""
+        self._watched = False
+        self._stalled = stalled
+
+    async def __call__(self, message: Message) -> None:
+        """Send one message. One at a time."""
+        try:
+            await _Noticed(self._send(message), self._waits)
+        finally:
+            self._since = None
+
+    def _waits(self) -> None:
+        self._since = anyio.current_time()
+        if not self._watched:
+            self._watched = True
+            self._start(self._watch)
+
+    async def _watch(self) -> None:
+        while True:
+            now = anyio.current_time()
+            left = self._limit if self._since is None else self._since + self._limit - now
+            if left <= 0:
+                self._stalled()
+                return
+            await anyio.sleep(left)
