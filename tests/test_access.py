@@ -10,7 +10,7 @@ import pytest
 from starlette.types import ASGIApp
 from typer.testing import CliRunner
 
-from llmux_asgi import ConfigError, Identity, LLMuxApp, RateLimitError, cli, load_config
+from llmux_asgi import ConfigError, Identity, LLMuxApp, PermissionDeniedError, RateLimitError, cli, load_config
 from llmux_asgi.access import SCOPE_GRANT, AccessControl, Grant, hash_key, new_key
 from llmux_asgi.access import _control as control
 from tests.support.clock import Clock
@@ -224,6 +224,15 @@ async def test_a_refusal_tells_what_is_left_now_that_it_has_taken_nothing() -> N
 
     sent = await call(access, app, headers=[(b"x-api-key", KEY.encode())])
     assert dict(sent[0]["headers"])[b"x-ratelimit-remaining-requests"] == b"5"
+
+
+async def test_a_huge_name_that_is_not_allowed_is_cut_where_it_is_told() -> None:
+    inner = Inner()
+    access = AccessControl(configured({"keys": {"alice": {"hash": hash_key(KEY), "models": ["gpt"]}}}), resolve)
+    await call(access, inner, headers=[(b"x-api-key", KEY.encode())])
+    with pytest.raises(PermissionDeniedError) as caught:
+        inner.grant.require("x" * 1_000_000)
+    assert len(str(caught.value)) < 500
 
 
 def test_without_access_in_the_configuration_there_is_no_access_control() -> None:
