@@ -10,7 +10,7 @@ import pytest
 from starlette.types import ASGIApp
 from typer.testing import CliRunner
 
-from llmux_asgi import ConfigError, Identity, LLMuxApp, RateLimitError, cli, load_config
+from llmux_asgi import ConfigError, Identity, LLMuxApp, PermissionDeniedError, RateLimitError, cli, load_config
 from llmux_asgi.access import SCOPE_GRANT, AccessControl, Grant, hash_key, new_key
 from llmux_asgi.access import _control as control
 from tests.support.clock import Clock
@@ -161,6 +161,23 @@ async def test_what_the_hosts_authentication_raises_is_the_hosts_to_answer() -> 
         await call(AccessControl(configured(), resolve, identify), Inner())
 
 
+@pytest.mark.parametrize(
+    ("version", "headers", "closes"),
+    [
+        ("1.1", [(b"content-length", b"5")], True),
+        ("1.0", [(b"transfer-encoding", b"chunked")], True),
+        ("1.1", [(b"accept", b"*/*")], False),
+        ("2", [(b"content-length", b"5")], False),  # there it is forbidden, and not needed
+    ],
+)
+async def test_the_connection_of_a_body_that_is_not_read_is_not_used_again(
+    version: str, headers: list[tuple[bytes, bytes]], closes: bool
+) -> None:
+    sent = await call(AccessControl(configured(), resolve), Inner(), http_version=version, headers=headers)
+    assert sent[0]["status"] == 401
+    assert ((b"connection", b"close") in sent[0]["headers"]) == closes
+
+
 # A request that ends in any way
 
 
@@ -207,6 +224,15 @@ async def test_a_refusal_tells_what_is_left_now_that_it_has_taken_nothing() -> N
 
     sent = await call(access, app, headers=[(b"x-api-key", KEY.encode())])
     assert dict(sent[0]["headers"])[b"x-ratelimit-remaining-requests"] == b"5"
+
+
+async def test_a_huge_name_that_is_not_allowed_is_cut_where_it_is_told() -> None:
+    inner = Inner()
+    access = AccessControl(configured({"keys": {"alice": {"hash": hash_key(KEY), "models": ["gpt"]}}}), resolve)
+    await call(access, inner, headers=[(b"x-api-key", KEY.encode())])
+    with pytest.raises(PermissionDeniedError) as caught:
+        inner.grant.require("x" * 1_000_000)
+    assert len(str(caught.value)) < 500
 
 
 def test_without_access_in_the_configuration_there_is_no_access_control() -> None:

@@ -19,7 +19,7 @@ from .._errors import describe
 from .._openai import PRIORITY_HEADER, is_done, without_credentials
 from .._routes import shape_of
 from ..config import Config
-from ..exceptions import AuthenticationError, ConfigError, LLMuxError, PermissionDeniedError
+from ..exceptions import AuthenticationError, ConfigError, LLMuxError, PermissionDeniedError, quoted
 from ._credentials import SUBPROTOCOL, find_credential, without_subprotocol
 from ._identity import ANY_MODEL, Identity
 from ._keys import KeyRing
@@ -156,7 +156,9 @@ class Grant:
         Who may use some models only is told the same of those that there are and of those that there are not.
         """
         if ANY_MODEL not in self.identity.models and not self.allows(self._resolve(named) or ""):
-            message = f"The key {self.identity.name!r} may not use the model {named!r}. GET /v1/models lists those that it may."
+            message = (
+                f"The key {self.identity.name!r} may not use the model {quoted(named)}. GET /v1/models lists those that it may."
+            )
             raise PermissionDeniedError(message, code="model_not_allowed", param="model")
 
     def priority(self, asked: str | None) -> str | None:
