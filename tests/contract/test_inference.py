@@ -8,8 +8,7 @@ from contextlib import closing
 import msgspec
 import pytest
 
-from .conftest import ContractServer
-from .driver import Driver
+from .driver import Driver, Stream
 from .inference import CASES, RECORDED, ask
 
 _RECORDED = msgspec.json.decode(RECORDED.read_bytes())
@@ -33,7 +32,14 @@ def test_the_tokens_of_a_chat_are_as_many_as_its_usage_says(driver: Driver) -> N
     assert driver.post("/v1/messages/count_tokens", chat).json()["input_tokens"] == used
 
 
-def test_a_response_is_found_again(driver: Driver, server: ContractServer) -> None:
+def test_the_events_of_a_response_are_numbered(driver: Driver) -> None:
+    body = {"model": driver.name, "input": "the", "max_output_tokens": 5, "temperature": 0, "stream": True}
+    events = Stream(driver.client, "/v1/responses", body).end().events
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert "".join(event["delta"] for event in events if "delta" in event) == next(e["text"] for e in events if "text" in e)
+
+
+def test_a_response_is_found_again(driver: Driver) -> None:
     made = driver.post("/v1/responses", {"model": driver.name, "input": "the", "max_output_tokens": 3}).json()
     assert driver.get(f"/v1/responses/{made['id']}").json() == made
     refused = driver.post(f"/v1/responses/{made['id']}/cancel")
