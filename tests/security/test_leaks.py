@@ -62,7 +62,7 @@ async def test_a_huge_model_name_is_cut_wherever_it_is_told(spans: InMemorySpanE
     name = "x" * 1_000_000
     for headers, body in (({}, b'{"model": "%s"}' % name.encode()), ({"x-llmux-model": name[:60_000]}, b"{}")):
         status, _, answer = await ask(llm, headers, body)
-        assert status == 404
+        assert status in (400, 404)
         assert len(answer) < 1000
     for headers in ({"x-llmux-priority": name[:60_000]},):
         assert len((await ask(llm, headers, b'{"model": "a"}'))[2]) < 1000

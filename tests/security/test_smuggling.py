@@ -200,7 +200,7 @@ def test_a_server_cannot_split_the_answer(gateway: Fortress, line: bytes) -> Non
 def test_what_belongs_to_the_connection_is_not_passed_down(gateway: Fortress) -> None:
     def answer(request: Request) -> bytes:
         lines = [b"connection: keep-alive, x-hop", b"x-hop: 1", b"keep-alive: timeout=99", b"proxy-authenticate: x"]
-        lines += [b"upgrade: h2c", b"trailer: x-late", b"transfer-encoding: chunked", b"content-length: 99"]
+        lines += [b"upgrade: h2c", b"trailer: x-late", b"transfer-encoding: chunked"]
         return b"HTTP/1.1 200 OK\r\n" + b"\r\n".join(lines) + b"\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
 
     gateway.server.answer = answer
@@ -209,6 +209,12 @@ def test_what_belongs_to_the_connection_is_not_passed_down(gateway: Fortress) ->
     names = {line.partition(b":")[0].lower() for line in got.head.split(b"\r\n")[1:]}
     assert names & {b"x-hop", b"keep-alive", b"proxy-authenticate", b"upgrade", b"trailer"} == set()
     assert not {b"content-length", b"transfer-encoding"} <= names
+
+
+def test_an_answer_of_two_lengths_is_not_passed_on(gateway: Fortress) -> None:
+    for lines in (b"transfer-encoding: chunked\r\ncontent-length: 2", b"content-length: 2\r\ncontent-length: 3"):
+        gateway.server.answer = lambda request, lines=lines: b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+        assert gateway.post().statuses == [502]
 
 
 def test_what_a_server_sends_after_its_answer_is_nobodys_answer(gateway: Fortress) -> None:
