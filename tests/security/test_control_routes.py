@@ -130,6 +130,12 @@ def test_no_spelling_of_a_control_route_reaches_a_server(gateway: Fortress, moun
     assert gateway.asked == []
 
 
+def test_a_route_is_asked_for_in_one_spelling(gateway: Fortress) -> None:
+    for spelling in ("/v1/%63hat/completions", "/v1%2fchat%2fcompletions", "/v1/chat/completions/", "/%76%31/chat/completions"):
+        gateway.send(post("/llm" + spelling))
+    assert {each.target for each in gateway.asked} == {"/v1/chat/completions"}
+
+
 def test_no_method_opens_a_control_route(gateway: Fortress) -> None:
     for method in (b"HEAD", b"PUT", b"PATCH", b"DELETE", b"OPTIONS", b"TRACE", b"PROPFIND", b"PURGE"):
         for route in ("/sleep", "/llm/wake_up", "/llm/models/a/sleep"):
