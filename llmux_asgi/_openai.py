@@ -14,7 +14,6 @@ __all__ = [
     "AnswerHead",
     "Headers",
     "InterruptedAnswer",
-    "content_length",
     "is_done",
     "relayed_request_headers",
     "split_events",
@@ -109,14 +108,6 @@ class AnswerHead:
         if named:
             kept = [pair for pair in kept if pair[0] not in named]
         return cls(kept, None if chunked else length, events and not encoded)
-
-
-def content_length(headers: Headers) -> int | None:
-    """Return how many bytes of body the headers announce, `None` if they do not say."""
-    for name, value in headers:
-        if name.lower() == b"content-length" and value.isdigit():
-            return int(value)
-    return None
 
 
 def _tokens(value: bytes) -> set[bytes]:

@@ -27,7 +27,7 @@ from ._openai import (
 from ._payload import payload
 from ._routes import Address, ErrorShape
 from ._spawn import Later
-from ._waiting import SendWatch
+from ._waiting import Cancellable, SendWatch
 from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
@@ -141,7 +141,7 @@ class _Relay:
         self._upstream = upstream
         self._lease: Lease = scope[SCOPE_LEASE]
         self._address: Address = scope[SCOPE_ADDRESS]
-        self._relaying = anyio.CancelScope()
+        self._relaying = Cancellable()
         self._client_left = False
         self._frozen_too_long: LLMuxError | None = None
         self._started = False
@@ -180,6 +180,8 @@ class _Relay:
         finally:
             for task in self._beside:
                 task.stop()
+            self._beside.clear()
+            self._send.end()
 
     def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]], delay: float = 0.0) -> None:
         self._beside.append(Later(function, delay))
@@ -194,7 +196,7 @@ class _Relay:
             self._relaying.cancel()
 
     def _interrupt(self) -> None:
-        self._relaying.deadline = anyio.current_time() + INTERRUPTED_GRACE
+        self._relaying.cancel_after(INTERRUPTED_GRACE)
 
     def _freeze(self, freeze: Freeze) -> None:
         self._run_beside(partial(self._bridge, freeze))
@@ -225,7 +227,7 @@ class _Relay:
         route, given = self._address.route, self._scope["headers"]
         pieces = payload(route, given, body, self._target.served_name, named=self._scope[SCOPE_NAMED])
         headers = relayed_request_headers(given, self._target.authorization)
-        inject_headers(headers)
+        inject_headers(headers, self._lease.context)
         target = self._target.prefix + self._address.path.encode("ascii")
         if query := self._scope.get("query_string"):
             target += b"?" + query

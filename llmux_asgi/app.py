@@ -33,7 +33,7 @@ from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .backends import with_ports
 from .config import ConfigSource, load_config
 from .exceptions import LLMuxError, MethodNotAllowedError, UnknownModelError, UnknownResponseError, UnknownRouteError
-from .middleware import MODEL_HEADER, LLMuxMiddleware, header_of, route_path
+from .middleware import MODEL_HEADER, LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
 from .telemetry import Telemetry
@@ -206,11 +206,8 @@ class LLMuxApp:
         address = Address(route, path, model)
         if model is not None or (response := response_id(address)) is None:
             return address
-        model = (
-            header_of(scope["headers"], MODEL_HEADER.encode("ascii"))
-            or model_in_query(scope["query_string"])
-            or self._responses.get(response)
-        )
+        header = dict(scope["headers"]).get(MODEL_HEADER.encode("ascii"), b"").decode("latin-1")
+        model = header or model_in_query(scope["query_string"]) or self._responses.get(response)
         if model is None:
             raise UnknownResponseError(response)
         return replace(address, model=model)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import anyio
 from opentelemetry.trace import Span
+from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import telemetry as names
@@ -17,7 +18,7 @@ from ._errors import describe
 from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
-from ._openai import PRIORITY_HEADER, Headers, content_length
+from ._openai import PRIORITY_HEADER, Headers
 from ._payload import read_payload
 from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
@@ -41,7 +42,7 @@ from .exceptions import (
 from .switcher import ModelSwitcher
 from .telemetry import failed
 
-__all__ = ["MODEL_HEADER", "LLMuxMiddleware", "header_of", "route_path"]
+__all__ = ["MODEL_HEADER", "LLMuxMiddleware", "route_path"]
 
 MODEL_HEADER = "x-llmux-model"
 """Request header that names the model in place of the body."""
@@ -139,6 +140,10 @@ class _Responder:
         self._scope = scope
         # uvicorn adds the trailers to this list, when the body is there: what was not checked must not be passed on.
         self._headers: Headers = list(scope["headers"])
+        self._fields = dict(self._headers)
+        """The same by name: of several values the last one."""
+        self._noted: dict[str, AttributeValue] = {}
+        """Attributes for the span, which takes all at once for the price of one."""
         self._receive = receive
         self._upload = Upload(middleware.intake, receive)
         self._send = send
@@ -163,21 +168,21 @@ class _Responder:
             named = await self._find_name()
             if self._disconnected:
                 return
-            self._span.set_attribute(names.GEN_AI_REQUEST_MODEL, named[:_LONGEST_NAME])
+            self._noted[names.GEN_AI_REQUEST_MODEL] = named[:_LONGEST_NAME]
             if self._grant is not None:
-                self._span.set_attribute(names.ENDUSER_ID, self._grant.identity.name)
+                self._noted[names.ENDUSER_ID] = self._grant.identity.name
                 self._grant.require(named)
             if (resolved := self._switcher.resolve(named)) is not None:
                 model = resolved
-                self._span.set_attribute(names.MODEL, model)
+                self._noted[names.MODEL] = model
                 self._middleware.require_task(model, self._address)
                 self._times.arrived()
-                asked = header_of(self._headers, PRIORITY_HEADER)
+                asked = self._field(PRIORITY_HEADER)
                 if self._grant is not None:
                     asked = self._grant.priority(asked)
                 self._priority = self._switcher.priority(model, asked)
                 if self._priority is not None:
-                    self._span.set_attribute(names.PRIORITY, self._priority)
+                    self._noted[names.PRIORITY] = self._priority
                 if self._grant is not None:
                     self._grant.admit(self._body or b"")
                 await self._answer(model)
@@ -196,6 +201,8 @@ class _Responder:
             await self._refuse(exc)
         finally:
             self._upload.close()
+            if self._span.is_recording():
+                self._span.set_attributes(self._noted)
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
             if model and self._middleware.request_log is not None:
@@ -223,7 +230,7 @@ class _Responder:
         try:
             self._waited += lease.waited
             self._times.admitted(self._waited)
-            self._span.set_attribute(names.QUEUE_TIME, self._waited)
+            self._noted[names.QUEUE_TIME] = self._waited
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
                 self._span.add_link(lease.switch)
@@ -263,17 +270,22 @@ class _Responder:
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
         if not await self._read_body():
             return ""
-        if (named := self._address.model or header_of(self._headers, _MODEL_HEADER)) is not None:
+        if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
         named, self._times.stream = read_payload(self._address.route, self._headers, self._body or b"")
-        self._span.set_attribute(names.GEN_AI_REQUEST_STREAM, self._times.stream)
+        self._noted[names.GEN_AI_REQUEST_STREAM] = self._times.stream
         self._named = named_model(named)
         return self._named
+
+    def _field(self, name: bytes) -> str | None:
+        value = self._fields.get(name)
+        return None if value is None else value.decode("latin-1")
 
     async def _read_body(self) -> bool:
         """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
         limit = self._middleware.max_body
-        if (content_length(self._headers) or 0) > limit:
+        announced = self._fields.get(b"content-length", b"")
+        if announced.isdigit() and int(announced) > limit:
             raise BodyTooLargeError(limit)
         whole: io.BytesIO | None = None
         size = 0
@@ -305,7 +317,7 @@ class _Responder:
 
     def _note_disconnect(self) -> None:
         self._disconnected = True
-        self._span.set_attribute(names.CLIENT_DISCONNECTED, True)
+        self._noted[names.CLIENT_DISCONNECTED] = True
 
     async def _replay(self) -> Message:
         if self._body is not None and not self._replayed:
@@ -319,7 +331,7 @@ class _Responder:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._body = None  # it is not needed any more
-            self._span.set_attribute(names.HTTP_RESPONSE_STATUS_CODE, self._status)
+            self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
@@ -333,11 +345,6 @@ class _Responder:
             headers.append((b"connection", b"close"))  # the rest of the body is not waited for
         await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
-
-
-def header_of(headers: Headers, wanted: bytes) -> str | None:
-    """Return the first value of a request header, `None` if there is none. `wanted` is in lower case."""
-    return next((value.decode("latin-1") for name, value in headers if name == wanted), None)
 
 
 def route_path(scope: Scope) -> str:

@@ -14,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
+from opentelemetry import context as otel_context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
@@ -341,7 +342,7 @@ def test_traceparent_reaches_the_backend_as_a_child_of_the_request() -> None:
             assert httpx.post(served + "/v1/completions", json={"model": "a"}, headers=sent).status_code == 200
             with recorded.provider.get_tracer("host").start_as_current_span("host"):
                 headers_of_a_host: list[tuple[bytes, bytes]] = [(b"traceparent", b"old"), (b"tracestate", b"a=b"), (b"x", b"y")]
-                inject_headers(headers_of_a_host)
+                inject_headers(headers_of_a_host, otel_context.get_current())
         assert [name for name, _ in headers_of_a_host] == [b"x", b"traceparent"]
         headers = dict(plain.a.requests[0].headers)
         assert [name for name, _ in plain.a.requests[0].headers].count(b"traceparent") == 1
