@@ -18,21 +18,18 @@ __all__ = ["SendWatch", "within"]
 _T = TypeVar("_T")
 
 
-class _Noticed(Generic[_T]):
-    """Awaits `awaitable`, and calls `waits` once, before it is suspended for the first time."""
+class _Rest(Generic[_T]):
+    """What is left of an awaitable that was begun and is suspended on `suspended_on`: `yield from` would begin it anew."""
 
-    __slots__ = ("_awaitable", "_waits")
+    __slots__ = ("_steps", "_suspended_on")
 
-    def __init__(self, awaitable: Awaitable[_T], waits: Callable[[], None]) -> None:
-        self._awaitable = awaitable
-        self._waits = waits
+    def __init__(self, steps: Generator[Any, Any, _T], suspended_on: object) -> None:
+        self._steps = steps
+        self._suspended_on = suspended_on
 
     def __await__(self) -> Generator[Any, Any, _T]:
-        steps = self._awaitable.__await__()
+        steps, suspended_on = self._steps, self._suspended_on
         try:
-            suspended_on = next(steps)
-            self._waits()
-            # From here on this is `yield from`, which cannot take over a generator that was begun.
             while True:
                 try:
                     value = yield suspended_on
@@ -55,29 +52,34 @@ async def within(seconds: float, awaitable: Awaitable[_T]) -> _T:
     except RuntimeError:  # trio: a scope is cheap there, and there is no other way
         with anyio.fail_after(seconds):
             return await awaitable
-    timer: asyncio.TimerHandle | None = None
+    steps = awaitable.__await__()
+    try:
+        suspended_on = next(steps)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+    return await _limited(seconds, _Rest(steps, suspended_on), loop)
+
+
+async def _limited(seconds: float, rest: _Rest[_T], loop: asyncio.AbstractEventLoop) -> _T:
+    task = asyncio.current_task()
     late = False
 
-    def expire(task: asyncio.Task[Any]) -> None:
+    def expire() -> None:
         nonlocal late
         late = True
-        task.cancel()
+        if task is not None:
+            task.cancel()
 
-    def waits() -> None:
-        nonlocal timer
-        if (task := asyncio.current_task()) is not None:
-            timer = loop.call_later(max(0.0, seconds), expire, task)
-
+    timer = loop.call_later(max(0.0, seconds), expire)
     try:
-        return await _Noticed(awaitable, waits)
+        return await rest
     except asyncio.CancelledError as exc:
-        task = asyncio.current_task()
         if late and task is not None and task.uncancel() == 0:
             raise TimeoutError from exc
         raise
     finally:
-        if timer is not None:
-            timer.cancel()
+        timer.cancel()
 
 
 class SendWatch:
@@ -98,8 +100,14 @@ class SendWatch:
 
     async def __call__(self, message: Message) -> None:
         """Send one message. One at a time."""
+        steps = self._send(message).__await__()
         try:
-            await _Noticed(self._send(message), self._waits)
+            suspended_on = next(steps)
+        except StopIteration:
+            return
+        self._waits()
+        try:
+            await _Rest(steps, suspended_on)
         finally:
             self._since = None
 
