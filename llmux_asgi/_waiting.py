@@ -19,86 +19,68 @@ __all__ = ["Cancellable", "SendWatch", "within"]
 _T = TypeVar("_T")
 
 
-def _go_on(steps: Generator[Any, Any, _T], suspended_on: Any) -> Generator[Any, Any, _T]:
-    """What `yield from` does, for a generator that was begun and has yielded `suspended_on`."""
-    try:
-        while True:
-            try:
-                value = yield suspended_on
-            except GeneratorExit:
-                steps.close()
-                raise
-            except BaseException as exc:  # noqa: BLE001 - handed on to where it belongs
-                suspended_on = steps.throw(exc)
-            else:
-                suspended_on = steps.send(value)
-    except StopIteration as end:
-        result: _T = end.value
-        return result
+class _Rest(Generic[_T]):
+    """What is left of an awaitable that was begun and is suspended on `suspended_on`: `yield from` would begin it anew."""
 
+    __slots__ = ("_steps", "_suspended_on")
 
-class _Noticed(Generic[_T]):
-    """Awaits `awaitable`, and calls `waits` once, before it is suspended for the first time."""
-
-    __slots__ = ("_awaitable", "_waits")
-
-    def __init__(self, awaitable: Awaitable[_T], waits: Callable[[], None]) -> None:
-        self._awaitable = awaitable
-        self._waits = waits
+    def __init__(self, steps: Generator[Any, Any, _T], suspended_on: object) -> None:
+        self._steps = steps
+        self._suspended_on = suspended_on
 
     def __await__(self) -> Generator[Any, Any, _T]:
-        steps = self._awaitable.__await__()
+        steps, suspended_on = self._steps, self._suspended_on
         try:
-            suspended_on = next(steps)
+            while True:
+                try:
+                    value = yield suspended_on
+                except GeneratorExit:
+                    steps.close()
+                    raise
+                except BaseException as exc:  # noqa: BLE001 - handed on to where it belongs
+                    suspended_on = steps.throw(exc)
+                else:
+                    suspended_on = steps.send(value)
         except StopIteration as end:
             result: _T = end.value
             return result
-        self._waits()
-        return (yield from _go_on(steps, suspended_on))
-
-
-class _Limited(Generic[_T]):
-    """Awaits `awaitable` on asyncio for `seconds` at most."""
-
-    __slots__ = ("_awaitable", "_late", "_seconds")
-
-    def __init__(self, awaitable: Awaitable[_T], seconds: float) -> None:
-        self._awaitable = awaitable
-        self._seconds = seconds
-        self._late = False
-
-    def __await__(self) -> Generator[Any, Any, _T]:
-        steps = self._awaitable.__await__()
-        try:
-            suspended_on = next(steps)
-        except StopIteration as end:
-            result: _T = end.value
-            return result
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 (for the type)
-        timer = asyncio.get_running_loop().call_later(max(0.0, self._seconds), self._expire, task)
-        try:
-            return (yield from _go_on(steps, suspended_on))
-        except asyncio.CancelledError as exc:
-            if self._late and task.uncancel() == 0:
-                raise TimeoutError from exc
-            raise
-        finally:
-            timer.cancel()
-
-    def _expire(self, task: asyncio.Task[Any]) -> None:
-        self._late = True
-        task.cancel()
 
 
 async def within(seconds: float, awaitable: Awaitable[_T]) -> _T:
     """Await `awaitable`. If it has not returned after `seconds` it is cancelled. Raises `TimeoutError`."""
     try:
-        asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
     except RuntimeError:  # trio: a scope is cheap there, and there is no other way
         with anyio.fail_after(seconds):
             return await awaitable
-    return await _Limited(awaitable, seconds)
+    steps = awaitable.__await__()
+    try:
+        suspended_on = next(steps)
+    except StopIteration as end:
+        result: _T = end.value
+        return result
+    return await _limited(seconds, _Rest(steps, suspended_on), loop)
+
+
+async def _limited(seconds: float, rest: _Rest[_T], loop: asyncio.AbstractEventLoop) -> _T:
+    task = asyncio.current_task()
+    late = False
+
+    def expire() -> None:
+        nonlocal late
+        late = True
+        if task is not None:
+            task.cancel()
+
+    timer = loop.call_later(max(0.0, seconds), expire)
+    try:
+        return await rest
+    except asyncio.CancelledError as exc:
+        if late and task is not None and task.uncancel() == 0:
+            raise TimeoutError from exc
+        raise
+    finally:
+        timer.cancel()
 
 
 class Cancellable:
@@ -182,8 +164,14 @@ class SendWatch:
 
     async def __call__(self, message: Message) -> None:
         """Send one message. One at a time."""
+        steps = self._send(message).__await__()
         try:
-            await _Noticed(self._send(message), self._waits)
+            suspended_on = next(steps)
+        except StopIteration:
+            return
+        self._waits()
+        try:
+            await _Rest(steps, suspended_on)
         finally:
             self._since = None
 

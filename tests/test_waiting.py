@@ -109,7 +109,10 @@ async def test_a_send_that_is_not_taken_is_told_of_once_and_goes_on() -> None:
     assert client.taken == [{"type": "x"}]
 
 
-async def test_the_time_of_one_send_does_not_count_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sends", "pause"), [((0.0, 0.75), 0.75), ((0.0,), 1.0)])
+async def test_the_time_of_a_send_that_is_over_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, sends: tuple[float, ...], pause: float
+) -> None:
     now = 0.0
     pauses: list[float] = []
     over = anyio.Event()
@@ -126,7 +129,7 @@ async def test_the_time_of_one_send_does_not_count_for_the_next(monkeypatch: pyt
             monkeypatch.setattr("llmux_asgi._waiting.anyio.current_time", lambda: now)
             monkeypatch.setattr("llmux_asgi._waiting.anyio.sleep", sleep)
             watch = SendWatch(client.send, 1.0, tasks.start_soon, client.stalled.set)
-            for now in (0.0, 0.75):
+            for now in sends:
                 client.reads = anyio.Event()
                 tasks.start_soon(watch, {"type": "x"})
                 await anyio.wait_all_tasks_blocked()
@@ -137,6 +140,6 @@ async def test_the_time_of_one_send_does_not_count_for_the_next(monkeypatch: pyt
             over.set()
             await anyio.wait_all_tasks_blocked()
             assert not client.stalled.is_set()
-            assert pauses == [1.0, 0.75]
+            assert pauses == [1.0, pause]
             monkeypatch.undo()
             tasks.cancel_scope.cancel()

@@ -95,6 +95,7 @@ async def test_what_is_told_of_a_client_is_escaped() -> None:
         assert status == 404
         assert dict(pairs)[b"content-type"] == b"application/json"  # which no browser takes for a page
         assert b"\x1b" not in answer
+        assert rb"\\x1b" in answer  # escaped once for who reads it, and once more by JSON
         assert b"\n" not in answer
 
 

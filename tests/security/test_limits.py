@@ -54,6 +54,7 @@ def test_a_body_that_does_not_come_is_a_408_and_the_connection_is_closed(tight: 
     # As one that would be kept open: the rest of the body may come at any time, and must not be taken for a request.
     answer = tight.send(began(len(BODY)).replace(b"connection: close\r\n", b""), part)
     assert (answer.statuses, answer.error["code"], answer.closed) == ([408], "request_timeout", True)
+    assert b"connection: close" in answer.head.lower()
     assert tight.asked == []
 
 

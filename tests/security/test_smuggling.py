@@ -162,8 +162,12 @@ async def test_a_line_break_that_no_parser_has_refused_is(headers: list[tuple[by
     llm = LLMuxApp({"models": {"a": {"url": "http://127.0.0.1:9"}}})  # where nobody listens: it must not be asked
     sent: list[Any] = []
 
+    bodies = [BODY]
+
     async def receive() -> Any:
-        return {"type": "http.request", "body": BODY}
+        if not bodies:
+            await anyio.sleep_forever()
+        return {"type": "http.request", "body": bodies.pop()}
 
     async def send(message: Any) -> None:
         sent.append(message)
