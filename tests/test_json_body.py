@@ -79,6 +79,8 @@ def test_the_name_is_the_one_that_json_finds_and_doubles_are_refused(body: bytes
 @example(b'{"m":{"model":1},"model":"a","n":{"model":2}}', "b")
 @example(b'{"m":{"model":1},"n":["model",{"model":{"model":3}}],"model":"a","o":["model",{"model":2}], "p":"model"}', "b")
 @example(b'{"m":{"model":1},"n":{"model":2}}', "b")
+@example(b'{"m":{"model":"a"},"model":"a"}', "b")
+@example(b'{"m":[{"model":"a"},"x"],"model":"a","n":{"model":"a"}}', "b")
 def test_only_the_model_changes(body: bytes, model: str) -> None:
     try:
         read_json(body)
@@ -108,6 +110,14 @@ def test_other_values_keep_their_bytes() -> None:
     assert replaced(b'{ "model" :null}', "b") == b'{ "model" :"b"}'
     assert replaced(b" { } ", "b") == b' {"model":"b" } '
     assert replaced(b'{"a":1}', "b") == b'{"model":"b","a":1}'
+
+
+@pytest.mark.parametrize("before", [0, 1, 1000, 256 * 1024 - 20, 256 * 1024, 700_000])
+@pytest.mark.parametrize("behind", [0, 300_000])
+def test_the_value_is_found_wherever_it_stands_in_a_large_body(before: int, behind: int) -> None:
+    head = b'{"m": {"model": "a"}, "x": "%b", "model": ' % (b"y" * before)
+    tail = b', "z": "%b", "n": {"model": "a"}}' % (b"y" * behind)
+    assert replaced(head + b'"a"' + tail, "b") == head + b'"b"' + tail
 
 
 def test_the_unchanged_parts_are_not_copied() -> None:

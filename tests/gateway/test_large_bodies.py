@@ -51,9 +51,8 @@ def image(model: str) -> tuple[bytes, dict[str, str]]:
 
 
 def sound(model: str) -> tuple[bytes, dict[str, str]]:
-    request = httpx.Request(
-        "POST", "http://x", data={"model": model}, files={"file": ("a.wav", random.Random(1).randbytes(SIZE + 5_000_000))}
-    )
+    file = ("a.wav", random.Random(1).randbytes(SIZE + 5_000_000))
+    request = httpx.Request("POST", "http://x", data={"model": model}, files={"file": file})
     return request.read(), {"content-type": request.headers["content-type"]}
 
 

@@ -152,6 +152,14 @@ def test_the_end_is_passed_on_with_its_code(spoken: Gateway, word: str, code: in
     counts_come_back_to_zero(spoken)
 
 
+def is_doubted(served: Gateway) -> None:
+    """The servers are asked for their state before the next request."""
+    counts_come_back_to_zero(served)
+    served.a.controls.clear()
+    served.chat("a")
+    assert "/is_sleeping" in served.a.controls
+
+
 @contextmanager
 def breaking_server() -> Iterator[str]:
     """Accepts one WebSocket, sends half a frame, and cuts the connection."""
@@ -179,7 +187,7 @@ def test_a_server_that_breaks_off_is_told_of_and_doubted(loop: EventLoop) -> Non
         relay_to(served, url)
         with opened(served) as websocket:
             assert end_of(websocket) == (1011, "the server of the model broke off")
-        counts_come_back_to_zero(served)
+        is_doubted(served)
 
 
 def test_a_server_that_cannot_be_reached_is_a_502(loop: EventLoop) -> None:
@@ -188,7 +196,7 @@ def test_a_server_that_cannot_be_reached_is_a_502(loop: EventLoop) -> None:
         with pytest.raises(InvalidStatus) as caught, opened(served):
             pass
         assert caught.value.response.status_code == 502
-        counts_come_back_to_zero(served)
+        is_doubted(served)
 
 
 @pytest.mark.parametrize(
