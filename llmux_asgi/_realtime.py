@@ -1,6 +1,6 @@
 """The WebSocket of `/v1/realtime`: relayed message by message, under a lease that is held while it is open.
 
-vLLM's protocol: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html#realtime-api
+vLLM's protocol, as of 0.32: `vllm/entrypoints/speech_to_text/realtime/api_router.py` in its source.
 """
 
 from __future__ import annotations
