@@ -35,7 +35,7 @@ from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamRe
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Proxy"]
+__all__ = ["Proxy", "Target"]
 
 SCOPE_LEASE = "llmux.lease"
 """Key of the ASGI scope under which the middleware hands the lease to the app that answers."""
@@ -77,7 +77,7 @@ class Proxy:
         max_frozen: float = 0.0,
         write_timeout: float = 60.0,
     ) -> None:
-        self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
+        self.targets = {name: Target.of(name, model, max_frozen) for name, model in models.items()}
         self._upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
         self._write_timeout = write_timeout
@@ -86,7 +86,7 @@ class Proxy:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
         body = await _read_body(receive)
         if body is not None:
-            target = self._targets[scope[SCOPE_LEASE].model]
+            target = self.targets[scope[SCOPE_LEASE].model]
             await _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout).run(body)
 
     async def aclose(self) -> None:
@@ -95,7 +95,7 @@ class Proxy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """Where the requests for one model go."""
 
     origin: Origin
@@ -107,7 +107,7 @@ class _Target:
     """The server's own; `None`: the client's is passed on, if there is one."""
 
     @classmethod
-    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> _Target:
+    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> Target:
         parts = urlsplit(model.address)
         prefix = parts.path.rstrip("/").encode("ascii")
         timeouts = model.timeouts
@@ -126,7 +126,7 @@ class _Relay:
         scope: Scope,
         receive: Receive,
         send: Send,
-        target: _Target,
+        target: Target,
         upstream: Upstream,
         heartbeat: float,
         write_timeout: float,

@@ -16,6 +16,7 @@ from ._errors import describe
 from ._memory import MemoryGauge
 from ._openai import Headers
 from ._proxy import Proxy
+from ._realtime import Realtime, refuse_websocket
 from ._responses import ResponseModels
 from ._routes import (
     Address,
@@ -100,6 +101,12 @@ class LLMuxApp:
         self._access: AccessControl | None = None
         if self.config.access is not None or identify is not None:
             self._access = AccessControl(self.config, self.switcher.resolve, identify)
+        self._realtime = Realtime(
+            self._inference,
+            self._proxy.targets,
+            max_message=self.config.limits.max_message,
+            idle=self.config.limits.websocket_idle,
+        )
         self._created = int(time.time())
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -158,8 +165,7 @@ class LLMuxApp:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000, "reason": "no websocket is served here"})
+            await self._serve_websocket(scope, receive, send)
             return
         path, method = route_path(scope), scope["method"]
         if method == "POST" and (address := address_of(path)) is not None:
@@ -179,6 +185,19 @@ class LLMuxApp:
             await _refuse(send, exc, shape_of(path))
         else:
             await _answer_json(send, content)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            grant: Grant | None = scope.get(SCOPE_GRANT)
+            resolve = self.switcher.resolve if grant is None else grant.resolve
+            model, path = split_model_path(path := route_path(scope), resolve) or (None, path)
+            if (route := find_route("WEBSOCKET", path)) is None:
+                raise UnknownRouteError("WEBSOCKET", path)
+        except LLMuxError as exc:
+            await receive()
+            await refuse_websocket(scope, send, exc)
+        else:
+            await self._realtime.serve(scope, receive, send, Address(route, path, model))
 
     def _models(self, scope: Scope, only: str | None, asked: str) -> object:
         """Return the list of the models, or one of them. `only` one exists for whom names it in the path."""

@@ -73,6 +73,8 @@ FULL: dict[str, Any] = {
         "max_buffered": 4000,
         "body_timeout": 7,
         "write_timeout": 8,
+        "max_message": 2000,
+        "websocket_idle": 5.0,
         "backoff_initial": 0.5,
         "backoff_max": 8,
         "health_interval": None,

@@ -296,7 +296,7 @@ def test_no_key_is_in_any_log_span_or_error(served: Gateway, request_log: Path, 
     texts += [span.to_json() for span in SPANS.get_finished_spans()]
     eventually("it is logged", lambda: '"key":"open"' in request_log.read_text())
     texts += [request_log.read_text()]
-    texts += [repr(served.app.config), repr(served.app._proxy._targets)]
+    texts += [repr(served.app.config), repr(served.app._proxy.targets)]
     assert any("refused a request from 127.0.0.1" in text for text in texts)
     for secret in (key_of("open"), "987654321", SERVERS_KEY, key_of("env")):
         assert [text for text in texts if secret in text] == []

@@ -195,7 +195,8 @@ def test_a_configuration_can_be_a_file_and_is_refused_with_the_path(tmp_path: An
 
 
 @pytest.mark.anyio
-async def test_a_websocket_is_closed() -> None:
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/realtime"])
+async def test_a_websocket_that_cannot_be_served_is_closed_where_no_status_can_be_sent(path: str) -> None:
     llm = LLMuxApp({"models": {"a": {"url": "http://127.0.0.1:1"}}})
     sent: list[Any] = []
 
@@ -205,8 +206,8 @@ async def test_a_websocket_is_closed() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await llm({"type": "websocket", "path": "/v1/realtime"}, receive, send)
-    assert sent[0]["type"] == "websocket.close"
+    await llm({"type": "websocket", "path": path, "headers": [], "query_string": b"model=b"}, receive, send)
+    assert [(message["type"], message["code"]) for message in sent] == [("websocket.close", 1008)]
 
 
 @pytest.mark.parametrize("close", [True, False])
