@@ -31,6 +31,9 @@ class StreamConnection:
         self._parser = ResponseParser()
         self._response = Http1Response(self)
         self._unsent: tuple[bytes, bytes] | None = None
+        """The request, until its sending begins."""
+        self._sending = False
+        """Whether the server has not been sent all of it."""
         self._limit = math.inf
         self._silence = anyio.CancelScope()
         self._closed = False
@@ -41,18 +44,20 @@ class StreamConnection:
         self._parser.expect(method, self._response)
         self._limit = math.inf if limit is None else limit
         self._unsent = (head, body)
+        self._sending = True
         return self._response
 
     async def advance(self) -> None:
         """Send what is to be sent, then wait for the server."""
-        if self._unsent is None:
+        request, self._unsent = self._unsent, None
+        if request is None:
             await self._receive()
-        elif len(self._unsent[1]) <= _SMALL:
-            await self._send_small(b"".join(self._unsent))
+        elif len(request[1]) <= _SMALL:
+            await self._send_small(b"".join(request))
         else:
-            await self._send_large(*self._unsent)
+            await self._send_large(*request)
         response = self._response
-        if response.whole and self._parser.reusable and self._unsent is None:
+        if response.whole and self._parser.reusable and not self._sending:
             self._pool.put(self)
         elif response.whole or response.fault:
             self.close()
@@ -78,13 +83,13 @@ class StreamConnection:
             except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError) as exc:
                 self._parser.end(_reason(exc))
         if self._silence.cancelled_caught:
-            self._parser.fail(silence(self._limit, reads=self._unsent is None))
+            self._parser.fail(silence(self._limit, reads=not self._sending))
 
     async def _send_small(self, request: bytes) -> None:
         with anyio.move_on_after(self._limit) as scope:
             try:
                 await self._stream.send(request)
-                self._unsent = None
+                self._sending = False
             except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError) as exc:
                 self._response.sent = False  # at least not all of it
                 self._parser.end(_reason(exc))
@@ -111,7 +116,7 @@ class StreamConnection:
                 await self._stream.send(bytes(rest[:_PIECE]))
                 rest = rest[_PIECE:]
                 self._silence.deadline = anyio.current_time() + self._limit
-            self._unsent = None
+            self._sending = False
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
             return  # who waits for the answer will be told; there may be one
 
