@@ -8,25 +8,33 @@ those of `bytes`; nothing here walks through it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 
 from .exceptions import InvalidRequestError
 
-__all__ = ["Pieces", "RequestFields", "decode", "named_model", "read_json", "with_json_model"]
+__all__ = ["Pieces", "decode", "named_model", "read_json", "with_json_model"]
 
 Pieces = list[bytes | memoryview]
 """A body in parts: the unchanged ones are views of the original."""
 
+_NO_STRING = "The model must be a string that is not empty."
 LONGEST_NAME = 1024
 """Characters of a model's name; who sends more is not asking for a model."""
+
+
+_BLOCK = 256 * 1024
+_SMALL = 64 * 1024
+"""Bytes of a body up to which a value of any kind may be built in memory."""
 
 
 class RequestFields(msgspec.Struct):
     """The fields of a request's body that matter here; the rest is not looked at."""
 
-    model: str | None = None
+    # msgspec hands an `object` to `dec_hook`, once for each time that the key is met.
+    model: object = None
     stream: msgspec.Raw = msgspec.Raw(b"false")
 
     @property
@@ -35,41 +43,37 @@ class RequestFields(msgspec.Struct):
         return memoryview(self.stream) == memoryview(b"true")
 
 
-class _Model(msgspec.Struct):
-    # msgspec hands an `object` to `dec_hook`, once for each time that the key is met.
-    model: object = None
+class _Checked(msgspec.Struct):
+    model: str | None = None
 
 
-class _Anything(msgspec.Struct):
-    pass
+class _Span(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw(b"")
 
 
 _T = TypeVar("_T")
-_fields = msgspec.json.Decoder(RequestFields)
-_object = msgspec.json.Decoder(_Anything)
-_KEY = b'"model"'
-_OTHER_KEY = b'"MODEL"'  # of the same length
-_VALUE = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*+"|null)', re.DOTALL)
 _CLOSING = re.compile(rb"[ \t\r\n]*\}")
 
 
-def read_json(body: bytes) -> RequestFields:
-    """Read the fields of a JSON body.
+def read_json(body: bytes) -> tuple[str | None, bool]:
+    """Return the model that a JSON body names, and whether it asks for a stream.
 
     Raises `InvalidRequestError` if it is not a JSON object, if the model is not a string, and if it stands there twice.
     """
-    # First as a string: a value of any other kind would be built in memory for the second look.
-    fields = decode(_fields, body)
+    if len(body) > _SMALL:
+        decode(body, _Checked)  # refuses a model of another kind before it is built
     met: list[object] = []
 
     def note(_: type, value: object) -> object:
         met.append(value)
         return value
 
-    msgspec.json.decode(body, type=_Model, dec_hook=note)
+    fields = decode(body, RequestFields, note)
     if len(met) > 1:
         raise InvalidRequestError("The request body has the key model more than once.", param="model")
-    return fields
+    if fields.model is not None and not isinstance(fields.model, str):
+        raise InvalidRequestError(_NO_STRING, param="model")
+    return fields.model, fields.streams
 
 
 def named_model(model: str | None) -> str:
@@ -77,34 +81,30 @@ def named_model(model: str | None) -> str:
     if model is None:
         raise InvalidRequestError("You must provide a model parameter.", param="model")
     if not model:
-        raise InvalidRequestError("The model must be a string that is not empty.", param="model")
+        raise InvalidRequestError(_NO_STRING, param="model")
     if len(model) > LONGEST_NAME:
         raise InvalidRequestError(f"The model's name is longer than {LONGEST_NAME} characters.", param="model")
     return model
 
 
 def with_json_model(body: bytes, model: str) -> Pieces:
-    """Return a body that `read_json` has passed, with `model` as its top-level model; everything else keeps its bytes.
-
-    Raises `InvalidRequestError` if the key is there and spelled with escapes.
-    """
+    """Return a body that `read_json` has passed, with `model` as its top-level model; everything else keeps its bytes."""
     value, view = msgspec.json.encode(model), memoryview(body)
-    found = _VALUE.match(body, at) if (at := _find_key(body)) is not None else None
-    if found is not None:
-        start, end = found.span(1)
+    if (span := _find_value(body)) is not None:
+        start, end = span
         return [view[:start], value, view[end:]]
     at = body.index(b"{") + 1
     more = b"" if _CLOSING.match(body, at) else b","
-    return [view[:at], _KEY + b":" + value + more, view[at:]]
+    return [view[:at], b'"model":' + value + more, view[at:]]
 
 
-def decode(decoder: msgspec.json.Decoder[_T], body: bytes | bytearray) -> _T:
+def decode(body: bytes | bytearray, kind: type[_T], hook: Callable[[type, object], object] | None = None) -> _T:
     """Decode a request's JSON. Raises `InvalidRequestError`."""
     try:
-        return decoder.decode(body)
+        return msgspec.json.decode(body, type=kind, dec_hook=hook)
     except msgspec.ValidationError as exc:
         if "`$.model`" in str(exc):
-            raise InvalidRequestError("The model must be a string that is not empty.", param="model") from None
+            raise InvalidRequestError(_NO_STRING, param="model") from None
         raise InvalidRequestError(f"The request body must be a JSON object: {exc}.") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise InvalidRequestError(f"The request body is not valid JSON: {exc}.") from None
@@ -112,44 +112,32 @@ def decode(decoder: msgspec.json.Decoder[_T], body: bytes | bytearray) -> _T:
         raise InvalidRequestError("The request body is nested too deeply.") from None
 
 
-def _find_key(body: bytes) -> int | None:
-    """Return where the top-level key stands in a valid JSON object that has it at most once, `None` if it has not."""
-    for at in {body.find(_KEY), body.rfind(_KEY)} - {-1}:
-        if _is_top_level(body, at):
-            return at
-    if not _has_key(body):
-        return None
-    # It is neither the first nor the last `"model"` of several. It is the nth if it is gone without the first n of them,
-    # and is not without the first n - 1.
-    low, high = 1, body.count(_KEY) + 1
-    while low < high:
-        middle = (low + high) // 2
-        if _has_key(body.replace(_KEY, _OTHER_KEY, middle)):
-            low = middle + 1
-        else:
-            high = middle
-    at = body.replace(_KEY, _OTHER_KEY, low - 1).find(_KEY)
-    if at < 0:
-        raise InvalidRequestError("Spell the key model without escapes.", param="model")
-    return at
+def _find_value(body: bytes) -> tuple[int, int] | None:
+    """Return where the value of the top-level key begins and ends, `None` if there is none.
 
-
-def _has_key(body: bytes) -> bool:
-    met: list[object] = []
-    msgspec.json.decode(body, type=_Model, dec_hook=lambda _, value: met.append(value))
-    return bool(met)
-
-
-def _is_top_level(body: bytes, at: int) -> bool:
-    """Say whether the `"model"` at `at` is a key of the object itself.
-
-    If so, what comes before it is an object when it is closed behind one more member, and the rest is one when it is
-    opened: the shorter of the two is tried. A quote behind a backslash is inside a string.
+    msgspec finds it, and gives it as a view of what it has read, without its place. So a copy of the body is written over,
+    part by part, until it is known which byte shows in the view.
     """
-    if body[at - 1 : at] == b"\\":
-        return False
-    try:
-        _object.decode(body[:at] + b'"":0}' if 2 * at < len(body) else b"{" + body[at:])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return False
-    return True
+    copy = bytearray(body)
+    value = memoryview(decode(copy, _Span).model)
+    if not value:
+        return None
+
+    def is_in(low: int, high: int) -> bool:
+        mark = 1 if value[0] != 1 else 2
+        copy[low:high] = bytes((mark,)) * (high - low)
+        return value[0] == mark
+
+    # Most bodies have one `"model"`, and its value behind it.
+    guess = body.find(bytes(value), body.find(b'"model"') + 7)
+    if guess >= 0 and is_in(guess, guess + 1):
+        return guess, guess + len(value)
+    low, high = next(
+        (low, high)
+        for low in range(0, len(copy), _BLOCK)
+        if (high := min(low + _BLOCK, len(copy))) == len(copy) or is_in(low, high)
+    )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_in(low, middle) else (middle, high)
+    return low, low + len(value)

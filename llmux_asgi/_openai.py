@@ -144,12 +144,9 @@ class _ChoiceFields(msgspec.Struct):
     prompt: object = None
 
 
-_choice_fields = msgspec.json.Decoder(_ChoiceFields)
-
-
 def _choices(request: bytes) -> int:
     """How many choices a request asks for: `n` for each of its prompts."""
-    fields = decode(_choice_fields, request)
+    fields = decode(request, _ChoiceFields)
     n = fields.n if isinstance(fields.n, int) else 1
     prompts = fields.prompt if isinstance(fields.prompt, list) else [fields.prompt]
     # A list of numbers is one prompt, in tokens.

@@ -16,8 +16,7 @@ def read_payload(route: Route, headers: Headers, body: bytes) -> tuple[str | Non
     if route.body == "form" and (boundary := _boundary(headers)) is not None:
         form = read_form(body, boundary)
         return form.model, form.streams
-    fields = read_json(body)
-    return fields.model, fields.streams
+    return read_json(body)
 
 
 def payload(route: Route, headers: Headers, body: bytes, model: str, *, named: str | None) -> Pieces:

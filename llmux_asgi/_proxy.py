@@ -34,7 +34,7 @@ from .telemetry import failed, inject_headers
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Proxy"]
+__all__ = ["Proxy", "Target"]
 
 SCOPE_LEASE = "llmux.lease"
 """Key of the ASGI scope under which the middleware hands the lease to the app that answers."""
@@ -70,7 +70,7 @@ class Proxy:
         heartbeat: float = 10.0,
         max_frozen: float = 0.0,
     ) -> None:
-        self._targets = {name: _Target.of(name, model, max_frozen) for name, model in models.items()}
+        self.targets = {name: Target.of(name, model, max_frozen) for name, model in models.items()}
         self._upstream = upstream or HttpxUpstream()
         self._heartbeat = heartbeat
 
@@ -80,7 +80,7 @@ class Proxy:
         if body is None:
             return
         async with anyio.create_task_group() as tasks:
-            relay = _Relay(scope, send, self._targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
+            relay = _Relay(scope, send, self.targets[scope[SCOPE_LEASE].model], self._upstream, tasks, self._heartbeat)
             tasks.start_soon(_watch_client, receive, relay, tasks.cancel_scope)
             await relay.run(body)
             tasks.cancel_scope.cancel()
@@ -94,7 +94,7 @@ class Proxy:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """Where the requests for one model go."""
 
     url: str
@@ -104,7 +104,7 @@ class _Target:
     retry: bool
 
     @classmethod
-    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> _Target:
+    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> Target:
         parts = urlsplit(model.address)
         prefix = parts.path.rstrip("/").encode("ascii")
         timeouts = model.timeouts
@@ -117,7 +117,7 @@ class _Relay:
     """One request on its way."""
 
     def __init__(
-        self, scope: Scope, send: Send, target: _Target, upstream: Upstream, tasks: TaskGroup, heartbeat: float
+        self, scope: Scope, send: Send, target: Target, upstream: Upstream, tasks: TaskGroup, heartbeat: float
     ) -> None:
         self._scope = scope
         self._send = send

@@ -88,6 +88,7 @@ ROUTES = (
     Route("/v1/audio/speech", task="speech"),
     Route("/v1/images/generations", task="image"),
     Route("/v1/images/edits", task="image", body="form"),
+    Route(REALTIME, "WEBSOCKET", task="realtime", body=None),
 )
 """Nothing else is ever sent to a server for a client."""
 

@@ -16,6 +16,7 @@ from ._errors import describe
 from ._memory import MemoryGauge
 from ._openai import Headers
 from ._proxy import Proxy
+from ._realtime import Realtime, refuse_websocket
 from ._responses import ResponseModels
 from ._routes import Address, ErrorShape, address_of, find_route, methods_of, model_in_query, response_id, split_model_path
 from ._spawn import beside
@@ -75,6 +76,12 @@ class LLMuxApp:
             request_log=self.config.request_log,
             tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
         )
+        self._realtime = Realtime(
+            self._inference,
+            self._proxy.targets,
+            max_message=self.config.limits.max_message,
+            idle=self.config.limits.websocket_idle,
+        )
         self._created = int(time.time())
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -89,8 +96,7 @@ class LLMuxApp:
             case "lifespan":
                 await _run_lifespan(self.lifespan, scope, receive, send)
             case "websocket":
-                await receive()
-                await send({"type": "websocket.close", "code": 1000, "reason": "no websocket is served here"})
+                await self._serve_websocket(scope, receive, send)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -142,6 +148,17 @@ class LLMuxApp:
             await _refuse(send, exc, "anthropic" if path.startswith("/v1/messages") else "openai")
         else:
             await _answer_json(send, content)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            model, path = split_model_path(path := route_path(scope), self.switcher.resolve) or (None, path)
+            if (route := find_route("WEBSOCKET", path)) is None:
+                raise UnknownRouteError("WEBSOCKET", path)
+        except LLMuxError as exc:
+            await receive()
+            await refuse_websocket(scope, send, exc)
+        else:
+            await self._realtime.serve(scope, receive, send, Address(route, path, model))
 
     def _models(self, scope: Scope, only: str | None, asked: str) -> object:
         """Return the list of the models, or one of them. `only` one exists for whom names it in the path."""

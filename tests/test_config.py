@@ -69,6 +69,8 @@ FULL: dict[str, Any] = {
     },
     "limits": {
         "max_body": 1000,
+        "max_message": 2000,
+        "websocket_idle": 5.0,
         "backoff_initial": 0.5,
         "backoff_max": 8,
         "health_interval": None,

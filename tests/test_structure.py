@@ -34,6 +34,7 @@ LAYERS = [
     [
         "_body",
         "_upstream",
+        "_websocket",
         "_spawn",
         "_estimates_file",
         "_request_log",
@@ -57,6 +58,7 @@ LAYERS = [
     ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
     ["_responses"],
     ["middleware"],
+    ["_realtime"],
     ["app"],
     [""],
     ["sim", "simulate", "cli"],

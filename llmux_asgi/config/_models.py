@@ -253,6 +253,12 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What the gateway refuses, and how patient it is after a failed switch."""
 
     max_body: Annotated[int, Meta(gt=0, description="Largest request body in bytes; larger ones get a 413.")] = 32 * 1024 * 1024
+    max_message: Annotated[
+        int, Meta(gt=0, description="Largest WebSocket message in bytes, either way; a larger one closes it.")
+    ] = 16 * 1024 * 1024
+    websocket_idle: Annotated[
+        PositiveSeconds, Meta(description="A WebSocket without a message for so long is closed: it keeps its model awake.")
+    ] = 60.0
     backoff_initial: Annotated[Seconds, Meta(description="Pause after a model's first failed switch.")] = 1.0
     backoff_max: Annotated[Seconds, Meta(description="Longest pause; it doubles with each failure in a row.")] = 30.0
     health_interval: Annotated[

@@ -149,7 +149,18 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
         assert meaning.endswith("."), key
         timed = key.startswith(("models.NAME.timeouts.", "models.NAME.costs.", "limits.backoff", "priorities"))
         timed = timed or key.endswith(
-            ("timeout", "duration", "interval", "shutdown", "settle", "linger", "max_wait", "heartbeat", "max_frozen")
+            (
+                "timeout",
+                "duration",
+                "interval",
+                "shutdown",
+                "settle",
+                "linger",
+                "max_wait",
+                "heartbeat",
+                "max_frozen",
+                "websocket_idle",
+            )
         )
         assert (unit == "seconds") == timed, key
         assert default == "required" or default.startswith("`"), key

@@ -34,10 +34,10 @@ class Gateway:
 
 
 @contextmanager
-def gateway(loop: EventLoop, **config: Any) -> Iterator[Gateway]:
+def gateway(loop: EventLoop, servers: tuple[ScriptedServer, ScriptedServer] | None = None, **config: Any) -> Iterator[Gateway]:
     """Serve a gateway at /llm. `config` goes into the configuration; `a` and `b` add to the models."""
     with ExitStack() as stack:
-        a, b = ScriptedServer(), ScriptedServer(asleep=True)
+        a, b = servers or (ScriptedServer(), ScriptedServer(asleep=True))
         models = {
             "a": {"url": stack.enter_context(serve(a)), **config.pop("a", {})},
             "b": {"url": stack.enter_context(serve(b)), **config.pop("b", {})},

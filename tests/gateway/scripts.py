@@ -19,7 +19,7 @@ def counts_come_back_to_zero(served: Gateway) -> None:
 
 def relay_to(served: Gateway, url: str) -> None:
     """Have the requests for `a` sent elsewhere than its control calls, which go on working."""
-    targets = served.app._proxy._targets
+    targets = served.app._proxy.targets
     targets["a"] = dataclasses.replace(targets["a"], url=url)
 
 

@@ -23,7 +23,7 @@ SOUND = {"file": ("a.wav", b"RIFF\r\n--\x00" * 1000)}
 @pytest.fixture(scope="module")
 def named(loop: EventLoop) -> Iterator[Gateway]:
     """A gateway whose servers know their models by other names than its clients."""
-    models = {
+    models: dict[str, Any] = {
         "a": {"served_name": "A", "aliases": ["org/a", "org"], "tasks": ["generate", "transcription"]},
         "b": {"served_name": "B", "aliases": ["org/a/b"]},
     }

@@ -47,7 +47,7 @@ def _serve_asyncio(app: Any, port: int) -> Iterator[str]:
             started.set()
 
     listener = socket.create_server(("127.0.0.1", port), backlog=2048)
-    config = uvicorn.Config(app, log_level="error", lifespan="auto", timeout_graceful_shutdown=3, ws="none")
+    config = uvicorn.Config(app, log_level="error", lifespan="auto", timeout_graceful_shutdown=3, ws="wsproto")
     server = Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
