@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -29,7 +30,7 @@ def litellm() -> Iterator[Any]:
     with closing(asyncio.new_event_loop()) as loop, pytest.MonkeyPatch.context() as patch:
         asyncio.set_event_loop(loop)
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        yield (litellm := pytest.importorskip("litellm"))
+        yield (litellm := importlib.import_module("litellm"))
         for client in litellm.in_memory_llm_clients_cache.cache_dict.values():
             if not client.__class__.__name__.startswith("Async"):
                 client.close()
