@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def _check(model: Any, name: str) -> None:
 
 
 def test_chat_openai(gateway: Gateway) -> None:
-    langchain_openai = pytest.importorskip("langchain_openai")
+    langchain_openai = importlib.import_module("langchain_openai")
     for name in MODELS:
         to: dict[str, Any] = {"model": name, "base_url": gateway.v1, "api_key": "none", "max_retries": 0}
         _check(langchain_openai.ChatOpenAI(max_tokens=40, **to), name)
@@ -37,7 +38,7 @@ def test_chat_openai(gateway: Gateway) -> None:
 
 
 def test_chat_openai_over_responses(gateway: Gateway) -> None:
-    langchain_openai = pytest.importorskip("langchain_openai")
+    langchain_openai = importlib.import_module("langchain_openai")
     for name in MODELS:
         model = langchain_openai.ChatOpenAI(
             model=name, base_url=gateway.v1, api_key="none", max_retries=0, max_tokens=40, use_responses_api=True
@@ -46,7 +47,7 @@ def test_chat_openai_over_responses(gateway: Gateway) -> None:
 
 
 def test_chat_anthropic(gateway: Gateway) -> None:
-    langchain_anthropic = pytest.importorskip("langchain_anthropic")
+    langchain_anthropic = importlib.import_module("langchain_anthropic")
     for name in MODELS:
         _check(
             langchain_anthropic.ChatAnthropic(model=name, base_url=gateway.url, api_key="none", max_retries=0, max_tokens=40),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -20,10 +23,18 @@ _USER = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def litellm() -> Iterator[Any]:
-    """The library, told to stay off the network; it takes some seconds to import."""
-    with pytest.MonkeyPatch.context() as patch:
+    """The library, told to stay off the network; it takes some seconds to import.
+
+    It asks for the thread's event loop, which would make one that nobody closes, and keeps its connections.
+    """
+    with closing(asyncio.new_event_loop()) as loop, pytest.MonkeyPatch.context() as patch:
+        asyncio.set_event_loop(loop)
         patch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-        yield pytest.importorskip("litellm")
+        yield (litellm := importlib.import_module("litellm"))
+        for client in litellm.in_memory_llm_clients_cache.cache_dict.values():
+            if not client.__class__.__name__.startswith("Async"):
+                client.close()
+        asyncio.set_event_loop(None)
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])

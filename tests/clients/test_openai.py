@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import importlib
 import io
 import json
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from llmux_asgi.sim.text import vector
 
 from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
-openai = pytest.importorskip("openai")
+openai: Any = importlib.import_module("openai")
 
 _TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
 _NAMED: Any = {"type": "function", "function": {"name": "weather"}}
