@@ -70,7 +70,7 @@ def module_of(path: Path) -> str:
 
 def layer_of(module: str) -> int:
     for level, names in enumerate(LAYERS):
-        if module in names or (module.partition(".")[0] in names and module.partition(".")[0] in ("sim", "simulate")):
+        if module in names or (module.partition(".")[0] in names and module.partition(".")[0] in ("sim", "simulate", "cli")):
             return level
     raise AssertionError(f"{module} belongs to no layer: give it a place in LAYERS")
 
