@@ -92,6 +92,7 @@ class SimVLLM:
                 ("POST", "/sleep"): self._sleep,
                 ("POST", "/wake_up"): self._wake_up,
                 ("GET", "/is_sleeping"): self._is_sleeping,
+                ("GET", "/server_info"): self._server_info,
                 ("POST", "/collective_rpc"): self._collective_rpc,
                 ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
             }
@@ -216,6 +217,13 @@ class SimVLLM:
 
     async def _version(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
         await send_json(send, {"version": self._options.version})
+
+    async def _server_info(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
+        enabled = self._options.sleep_mode
+        told: object = {"model_config": {"model": self._options.name, "enable_sleep_mode": enabled}}
+        if query.get("config_format", ["text"])[-1] != "json":
+            told = f"model='{self._options.name}'"
+        await send_json(send, {"vllm_config": told, "vllm_env": {}, "system_env": {}})
 
     async def _models(self, query: dict[str, list[str]], receive: Receive, send: Send) -> None:
         card = {
