@@ -9,7 +9,7 @@ __all__ = ["main"]
 try:
     import rich  # noqa: F401 (of the extra `cli`, as typer and uvicorn are)
 
-    from . import _check, _schema, _serve  # noqa: F401 (they add their commands)
+    from . import _check, _init, _schema, _serve, _validate  # noqa: F401 (they add their commands)
     from ._app import app as app
     from ._simulators import sim_vllm as sim_vllm
 except ImportError as _error:
