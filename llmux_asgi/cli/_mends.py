@@ -11,14 +11,14 @@ from msgspec import inspect
 
 from ..config import Config
 from ..exceptions import ConfigError
-from ._findings import Finding
+from ._findings import Finding, Kind
 
 __all__ = ["explain"]
 
 _DOCS = "docs/configuration.md explains every key; `llmux-asgi schema` lets an editor complete them"
 
 # The first that is found in the message counts. {0}, {1} … are its groups.
-_RULES: list[tuple[str, str, str]] = [
+_RULES: list[tuple[str, Kind, str]] = [
     (r"No such file or directory", "missing-file", "Correct the path, or write a first configuration: llmux-asgi init"),
     (r"Is a directory|Permission denied", "unreadable-file", "Name a file that this user may read"),
     (r"the file's ending", "file-ending", "Rename the file after what is in it"),

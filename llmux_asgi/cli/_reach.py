@@ -19,7 +19,7 @@ from ..exceptions import (
     BackendTimeoutError,
     BackendUnsupportedError,
 )
-from ._findings import Finding, Level
+from ._findings import Finding, Kind, Level
 
 __all__ = ["ServerReport", "look_at_servers"]
 
@@ -118,7 +118,7 @@ class _Look:
             await backend.aclose()
             await client.aclose()
 
-    def _find(self, kind: str, fault: str, mend: str, *, key: str = "url", warn: bool = False) -> None:
+    def _find(self, kind: Kind, fault: str, mend: str, *, key: str = "url", warn: bool = False) -> None:
         where = f"{self._where}.{key}" if not key.startswith("$") else key
         level: Level = "warning" if warn else "error"
         self._report.findings.append(Finding(level=level, kind=kind, where=where, fault=fault, mend=mend))

@@ -7,7 +7,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ from ..app import LLMuxApp
 from ..exceptions import ConfigError, LLMuxError
 from ._app import FAILED, UNUSABLE, app, fail
 
-__all__ = ["serve"]
+__all__ = ["ready_line", "serve"]
 
 _MARGIN = 5.0
 """Seconds that connections have beyond `limits.shutdown`: for the errors that aborted requests end with."""
@@ -63,9 +63,7 @@ def serve(
     except OSError as error:
         fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port.", FAILED)
     with listener:
-        bound = listener.getsockname()[1]
-        address = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
-        ready = f"llmux-asgi serves {', '.join(gateway.config.models)} at {address}{prefix}/v1"
+        ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix)
         settings = uvicorn.Config(
             Starlette(routes=[Mount(prefix, gateway)]),
             lifespan="off",  # the server enters the gateway's own
@@ -79,6 +77,12 @@ def serve(
             _Server(settings, gateway, ready).run([listener])
         except LLMuxError as error:
             fail(f"serve: {error}", FAILED)
+
+
+def ready_line(models: Iterable[str], host: str, port: int, prefix: str) -> str:
+    """What is printed when the gateway listens. The URL is the last word."""
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"llmux-asgi serves {', '.join(models)} at {address}{prefix}/v1"
 
 
 class _Server(uvicorn.Server):
