@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import signal
 import socket
@@ -23,7 +24,7 @@ from ..app import LLMuxApp
 from ..exceptions import ConfigError, LLMuxError
 from ._app import FAILED, UNUSABLE, app, fail
 
-__all__ = ["ready_line", "serve"]
+__all__ = ["Server", "ready_line", "serve"]
 
 _MARGIN = 5.0
 """Seconds that connections have beyond `limits.shutdown`: for the errors that aborted requests end with."""
@@ -61,7 +62,8 @@ def serve(
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}. Choose another --port.", FAILED)
+        mend = ": choose another --port, or end what listens there" if error.errno == errno.EADDRINUSE else ""
+        fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}{mend}", FAILED)
     with listener:
         ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix)
         settings = uvicorn.Config(
@@ -74,7 +76,7 @@ def serve(
             timeout_graceful_shutdown=int(gateway.config.limits.shutdown + _MARGIN),
         )
         try:
-            _Server(settings, gateway, ready).run([listener])
+            Server(settings, gateway, ready).run([listener])
         except LLMuxError as error:
             fail(f"serve: {error}", FAILED)
 
@@ -85,7 +87,7 @@ def ready_line(models: Iterable[str], host: str, port: int, prefix: str) -> str:
     return f"llmux-asgi serves {', '.join(models)} at {address}{prefix}/v1"
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Keeps to the gateway's lifespan: a server that cannot be used ends the command, and not a log full of it."""
 
     def __init__(self, config: uvicorn.Config, gateway: LLMuxApp, ready: str) -> None:
@@ -93,7 +95,7 @@ class _Server(uvicorn.Server):
         self._gateway, self._ready = gateway, ready
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        with self._told_to_stop():
+        with self.told_to_stop():
             async with self._gateway.lifespan():
                 await super().serve(sockets)
 
@@ -115,7 +117,9 @@ class _Server(uvicorn.Server):
         yield
 
     @contextmanager
-    def _told_to_stop(self) -> Iterator[None]:
+    def told_to_stop(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for the wish to stop."""
+
         def stop(number: int, frame: FrameType | None) -> None:
             if self.should_exit:  # told twice: at once. What the gateway has started ends all the same.
                 signal.signal(number, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -13,9 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
-from llmux_asgi.cli import app
+from llmux_asgi import LLMuxApp, cli
+from llmux_asgi.cli import _serve, app
 from llmux_asgi.sim import SimProcess, start_sim
 
 
@@ -55,17 +58,20 @@ def written(path: Path, **models: object) -> str:
     return str(path)
 
 
-def test_it_serves_below_its_prefix_and_a_signal_lets_the_running_answer_finish(sim: SimProcess, tmp_path: Path) -> None:
-    config = written(tmp_path / "llmux.json", qwen={"url": sim.url})
-    with served(config, "--port", "0", "--prefix", "/llm") as (url, process), httpx.Client(base_url=url) as client:
+def test_it_serves_below_its_prefix_and_a_signal_gives_running_answers_their_time(sim: SimProcess, tmp_path: Path) -> None:
+    config = tmp_path / "llmux.json"
+    config.write_text(json.dumps({"models": {"qwen": {"url": sim.url}}, "limits": {"shutdown": 1.5}}))
+    with served(str(config), "--port", "0", "--prefix", "/llm") as (url, process), httpx.Client(base_url=url) as client:
         assert url.endswith("/llm/v1")
         assert client.get("/models").json()["data"][0]["id"] == "qwen"
-        body = {"model": "qwen", "prompt": "one two", "max_tokens": 20, "stream": True}
-        with client.stream("POST", "/completions", json=body) as response:
-            lines = response.iter_lines()
-            assert next(lines).startswith("data: ")
+        body = {"model": "qwen", "prompt": "one two", "stream": True}
+        with (
+            client.stream("POST", "/completions", json={**body, "max_tokens": 10}) as short,
+            client.stream("POST", "/completions", json={**body, "max_tokens": 4000}) as long,
+        ):
             process.send_signal(signal.SIGTERM)
-            assert list(lines)[-2:] == ["data: [DONE]", ""]
+            assert list(short.iter_lines())[-2:] == ["data: [DONE]", ""]
+            assert "request_interrupted" in list(long.iter_lines())[-2]
         out, log = process.communicate(timeout=20)
         assert process.returncode == 0, log
         assert out == b""
@@ -89,9 +95,39 @@ def test_a_port_that_is_taken_is_one_line_and_status_1(tmp_path: Path) -> None:
         status, error = refused(config, "--port", port)
     assert status == 1
     assert f"cannot listen on 127.0.0.1 port {port}" in error
+    assert "choose another --port" in error
 
 
-def test_a_lifespan_that_fails_is_one_line_and_status_1(tmp_path: Path) -> None:
+def test_the_first_signal_ends_it_in_order_and_the_second_one_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = written(tmp_path / "llmux.json", qwen={"url": "http://127.0.0.1:8001"})
+    raised: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    server = _serve.Server(uvicorn.Config(app=lambda: None), LLMuxApp(config), "ready")
+    with server.told_to_stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert server.should_exit
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert raised == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_the_extra_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_missing", ImportError("No module named 'typer'"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("llmux-asgi: No module named 'typer': install it with its extra 'cli'")
+
+
+def test_a_lifespan_that_fails_is_one_line_and_status_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def end(server: uvicorn.Server) -> None:
+        """If it should come up after all, it does not stay."""
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", end)
     with start_sim("old", version="0.10.0") as old:
         path = tmp_path / "llmux.json"
         path.write_text(json.dumps({"models": {"old": {"url": old.url}}, "policy": {"drain": "preempt"}}))

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from typer.testing import CliRunner
 
+from llmux_asgi import load_config
 from llmux_asgi.backends import VLLMBackend
-from llmux_asgi.cli import _validate, app
+from llmux_asgi.cli import _cycles, _validate, app
 from llmux_asgi.sim import GpuLedger, SimOptions, SimProcess, start_sims
 
 
@@ -130,6 +132,23 @@ def test_a_sleeper_is_woken_and_put_to_sleep_again(config: Path, sims: dict[str,
     status, told = validated("b", "--config", alone, "--level", 1, "--cycles", 1)
     sims["a"]._call("POST", "/wake_up")
     assert (status, told["found"], told["left"]) == (0, "asleep", "asleep")
+
+
+@pytest.mark.anyio
+async def test_a_server_is_left_as_it_was_found_when_the_command_is_interrupted(sims: dict[str, SimProcess]) -> None:
+    asleep: list[bool] = []
+    with anyio.CancelScope() as scope:
+
+        def begun(step: str) -> None:
+            if step.endswith("waking it"):
+                asleep.append(not sims["a"].state().awake)
+                scope.cancel()
+
+        config = load_config({"models": {"a": {"url": sims["a"].url}}})
+        await _cycles.validate_model(config, "a", [1], 1, None, begun)
+    assert scope.cancelled_caught
+    assert asleep == [True]
+    assert sims["a"].state().awake
 
 
 def test_nothing_is_done_unless_it_is_agreed_to(config: Path, sims: dict[str, SimProcess]) -> None:
