@@ -110,7 +110,7 @@ def module_of(path: Path) -> str:
 def layer_of(module: str) -> int:
     for level, names in enumerate(LAYERS):
         package = module.partition(".")[0]
-        if module in names or (package in names and package in ("sim", "simulate", "importing")):
+        if module in names or (package in names and package in ("sim", "simulate", "importing", "cli")):
             return level
     raise AssertionError(f"{module} belongs to no layer: give it a place in LAYERS")
 

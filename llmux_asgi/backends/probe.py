@@ -12,12 +12,12 @@ from ..exceptions import BackendError, BackendUnsupportedError
 from ._http import ControlClient, limit
 from ._protocol import Backend, BackendState, FreezingBackend
 
-__all__ = ["ProbedBackend"]
+__all__ = ["FINGERPRINT_TOKENS", "ProbedBackend", "say"]
 
 logger = logging.getLogger(__name__)
 
 _PROMPT = "1 2 3 4 5 6 7 8"
-_FINGERPRINT_TOKENS = 16
+FINGERPRINT_TOKENS = 16
 _HINT = "A probe needs a model that serves /v1/completions."
 
 
@@ -84,7 +84,7 @@ class ProbedBackend:
         if self._kind == "fingerprint" and self._fingerprint is None:
             try:
                 if await self._server.state() is BackendState.AWAKE:
-                    self._fingerprint = await self._generate(_FINGERPRINT_TOKENS)
+                    self._fingerprint = await self._generate(FINGERPRINT_TOKENS)
             except BackendError as exc:
                 logger.warning("no fingerprint was taken of %r: %s", self._served_name, exc)
 
@@ -95,7 +95,7 @@ class ProbedBackend:
     async def ready(self) -> None:
         """Return when the server has answered the probe. Raises `BackendError` if it does not, or not as it did."""
         await self._server.ready()
-        said = await self._generate(1 if self._kind == "token" else _FINGERPRINT_TOKENS)
+        said = await self._generate(1 if self._kind == "token" else FINGERPRINT_TOKENS)
         if self._kind == "token":
             return
         if self._fingerprint is None:
@@ -113,10 +113,18 @@ class ProbedBackend:
         await self._server.aclose()
 
     async def _generate(self, tokens: int) -> str:
-        body = {"model": self._served_name, "prompt": _PROMPT, "max_tokens": tokens, "temperature": 0, "seed": 0}
-        with limit(self._timeouts.wake, f"{self}: the probe of the model"):
-            response = await self._client.post("/v1/completions", json=body)
-        try:
-            return msgspec.json.decode(response.content, type=_Completion).choices[0].text
-        except (msgspec.DecodeError, IndexError) as exc:
-            raise BackendError(f"{self}: the probe of the model gave no usable answer: {exc}") from None
+        return await say(self._client, self._served_name, tokens, self._timeouts.wake)
+
+
+async def say(client: ControlClient, model: str, tokens: int, seconds: float) -> str:
+    """Have an awake model go on with a fixed prompt, the likeliest token each time, and return its text: a fingerprint.
+
+    Raises `BackendError` if there is no answer within `seconds`, or none that can be read.
+    """
+    body = {"model": model, "prompt": _PROMPT, "max_tokens": tokens, "temperature": 0, "seed": 0}
+    with limit(seconds, f"{client.url}: the probe of the model"):
+        response = await client.post("/v1/completions", json=body)
+    try:
+        return msgspec.json.decode(response.content, type=_Completion).choices[0].text
+    except (msgspec.DecodeError, IndexError) as exc:
+        raise BackendError(f"{client.url}: the probe of the model gave no usable answer: {exc}") from None

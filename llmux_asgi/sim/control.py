@@ -24,7 +24,6 @@ _SIMPLE: dict[tuple[str, str], dict[str, object] | None] = {
     ("GET", "/weight_info"): {"weight_version": "default"},
     ("POST", "/weight_checker"): {"checksums": {}},
     ("GET", "/get_world_size"): {"world_size": 1},
-    ("GET", "/server_info"): {"vllm_config": "", "vllm_env": {}, "system_env": {}},
     ("POST", "/release_kv_cache_memory"): {"status": "kv_cache_released"},
     ("POST", "/reset_mm_cache"): None,
     ("POST", "/reset_encoder_cache"): None,
@@ -65,6 +64,7 @@ class Control:
             ("GET", "/is_sleeping"): self._is_sleeping,
             ("POST", "/collective_rpc"): self._collective_rpc,
             ("POST", "/reset_prefix_cache"): self._reset_prefix_cache,
+            ("GET", "/server_info"): self._server_info,
             ("POST", "/update_weights"): self._update_weights,
             ("POST", "/update_weight_version"): self._update_weight_version,
             ("POST", "/abort_requests"): self._abort_requests,
@@ -76,6 +76,13 @@ class Control:
                 ("GET", "/is_paused"): self._is_paused,
             }
         return table | {route: _answering(content) for route, content in _SIMPLE.items()}
+
+    async def _server_info(self, query: Query, receive: Receive, send: Send) -> None:
+        name, enabled = self._engine.options.name, self._engine.options.sleep_mode
+        told: object = {"model_config": {"model": name, "enable_sleep_mode": enabled}}
+        if query.get("config_format", ["text"])[-1] != "json":
+            told = f"model='{name}'"
+        await send_json(send, {"vllm_config": told, "vllm_env": {}, "system_env": {}})
 
     async def _sleep(self, query: Query, receive: Receive, send: Send) -> None:
         behaviour = self._engine.behaviour

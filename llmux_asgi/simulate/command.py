@@ -34,9 +34,10 @@ def run(
     """Simulate and print. Raises `SimulationError` or `ConfigError`."""
     config = load_config(config_path)
     workload = read_workload(trace, tuple(config.models), aliases=config.aliases, priorities=config.priorities, options=options)
-    comparison = compare(
-        workload, config, active=active, sleep_seconds=sleep_seconds, wake_seconds=wake_seconds, recompute=recompute
-    )
+    with Console(stderr=True).status(f"playing {workload.size:,} requests against every policy"):
+        comparison = compare(
+            workload, config, active=active, sleep_seconds=sleep_seconds, wake_seconds=wake_seconds, recompute=recompute
+        )
     if plot is not None:
         try:
             plot.write_text(render(comparison), encoding="utf-8")

@@ -51,6 +51,12 @@ def test_openapi_tells_that_sleep_knows_modes(vllm: Driver) -> None:
     assert {"/wake_up", "/is_sleeping", "/collective_rpc", "/reset_prefix_cache"} <= paths.keys()
 
 
+def test_server_info_tells_whether_sleep_mode_is_on(vllm: Driver) -> None:
+    told = vllm.get("/server_info?config_format=json").json()["vllm_config"]
+    assert told["model_config"]["enable_sleep_mode"] in (True, False)
+    assert isinstance(vllm.get("/server_info").json()["vllm_config"], str)
+
+
 def test_version_is_told(vllm: Driver) -> None:
     assert vllm.get("/version").json()["version"].startswith("0.")
 

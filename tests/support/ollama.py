@@ -42,6 +42,7 @@ class SimulatedOllama:
         routes = [
             Route("/api/ps", self._ps),
             Route("/api/generate", self._generate, methods=["POST"]),
+            Route("/v1/models", self._list),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
         ]
         self._app = Starlette(routes=routes)
@@ -89,6 +90,9 @@ class SimulatedOllama:
                 return JSONResponse({"error": "llama runner process has terminated: cudaMalloc failed: out of memory"}, 500)
             self.loaded[name] = body["keep_alive"]
         return JSONResponse({"model": body["model"], "done": True, "done_reason": "load"})
+
+    async def _list(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model"} for name in sorted(self.models)]})
 
     async def _chat(self, request: Request) -> Response:
         model = (await request.json())["model"]

@@ -1,0 +1,141 @@
+"""`llmux-asgi serve`: the gateway by itself, under uvicorn."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import anyio
+import typer
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from ..app import LLMuxApp
+from ..exceptions import ConfigError, LLMuxError
+from ._app import FAILED, UNUSABLE, app, fail
+
+__all__ = ["Server", "ready_line", "serve"]
+
+_MARGIN = 5.0
+"""Seconds that connections have beyond `limits.shutdown`: for the errors that aborted requests end with."""
+
+
+class LogLevel(enum.StrEnum):
+    """How much is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="The configuration: YAML, TOML or JSON.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    prefix: Annotated[str, typer.Option(help="Path to mount the gateway at, such as /llm.")] = "",
+    root_path: Annotated[str, typer.Option(help="Prefix that a proxy in front strips.")] = "",
+    log_level: Annotated[LogLevel, typer.Option(help="How much is logged, to standard error.")] = LogLevel.INFO,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
+) -> None:
+    """Run the gateway. Says in one line where it listens; SIGTERM and SIGINT end it in order, with exit status 0."""
+    prefix = prefix.rstrip("/")
+    if prefix and not prefix.startswith("/"):
+        fail(f"serve: --prefix {prefix}: it begins with a slash", UNUSABLE)
+    _set_up_logging(log_level)
+    try:
+        gateway = LLMuxApp(config)
+    except ConfigError as error:
+        fail(f"serve: {error}", UNUSABLE)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        mend = ": choose another --port, or end what listens there" if error.errno == errno.EADDRINUSE else ""
+        fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}{mend}", FAILED)
+    with listener:
+        ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix)
+        settings = uvicorn.Config(
+            Starlette(routes=[Mount(prefix, gateway)]),
+            lifespan="off",  # the server enters the gateway's own
+            ws="none",
+            log_config=None,
+            access_log=access_log,
+            root_path=root_path.rstrip("/"),
+            timeout_graceful_shutdown=int(gateway.config.limits.shutdown + _MARGIN),
+        )
+        try:
+            Server(settings, gateway, ready).run([listener])
+        except LLMuxError as error:
+            fail(f"serve: {error}", FAILED)
+
+
+def ready_line(models: Iterable[str], host: str, port: int, prefix: str) -> str:
+    """What is printed when the gateway listens. The URL is the last word."""
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"llmux-asgi serves {', '.join(models)} at {address}{prefix}/v1"
+
+
+class Server(uvicorn.Server):
+    """Keeps to the gateway's lifespan: a server that cannot be used ends the command, and not a log full of it."""
+
+    def __init__(self, config: uvicorn.Config, gateway: LLMuxApp, ready: str) -> None:
+        super().__init__(config)
+        self._gateway, self._ready = gateway, ready
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        with self.told_to_stop():
+            async with self._gateway.lifespan():
+                await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        sys.stdout.write(self._ready + "\n")
+        with suppress(BrokenPipeError):  # nobody reads it
+            sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn waits for the connections, and those for the gateway: it has to know that it is over.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(super().shutdown, sockets)
+            await self._gateway.aclose()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone: uvicorn would end the process by the one that it has caught."""
+        yield
+
+    @contextmanager
+    def told_to_stop(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for the wish to stop."""
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.should_exit:  # told twice: at once. What the gateway has started ends all the same.
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.should_exit = True
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _set_up_logging(level: LogLevel) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if level is not LogLevel.DEBUG:
+        for noisy in ("httpx", "httpcore", "uvicorn.error"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,95 @@
+"""docs/command-line.md: its commands run, print what it shows, and its tables are complete."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+from llmux_asgi.cli import _serve, app
+from llmux_asgi.cli._findings import Kind
+from llmux_asgi.sim import SimOptions, start_sims
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
+TEXT = PAGE.read_text()
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("llmux-asgi")]
+
+
+def shown() -> list[tuple[str, str]]:
+    """Each command that is followed by what it prints."""
+    return re.findall(r"^```sh\n(llmux-asgi [^\n]*)\n```\n\n```text\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def rows(heading: str) -> list[str]:
+    """The first column of the table below a line."""
+    table = TEXT.partition(heading)[2].partition("\n\n")[2].partition("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def plain(text: str) -> list[list[str]]:
+    """Words by line: without the widths of columns, and with every time the same."""
+    text = re.sub(r"─+", "─", re.sub(r"\d+\.\d\d s", "0.02 s", text))
+    return [line.split() for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def urls() -> Iterator[dict[str, str]]:
+    """Where the page's servers are, by where it says that they are."""
+    with start_sims(*(SimOptions(name=name, start_asleep=1) for name in ("qwen", "llama"))) as sims:
+        yield dict(zip(("http://127.0.0.1:8001", "http://127.0.0.1:8002"), (sim.url for sim in sims), strict=True))
+
+
+def replaced(text: str, urls: dict[str, str]) -> str:
+    for there, here in urls.items():
+        text = text.replace(there, here)
+    return text
+
+
+def test_what_the_page_shows_is_what_the_commands_print(
+    urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (faulty,) = re.findall(r"^```yaml\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    Path("faulty.yaml").write_text(replaced(faulty, urls))
+    ran = []
+    for command, output in shown():
+        name = command.split()[1]
+        if name == "serve":
+            continue  # a process of its own, in test_serve
+        result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
+        assert plain(result.stdout) == plain(replaced(output, urls)), command
+        ran.append((name, result.exit_code))
+        if name == "init":
+            Path("llmux.yaml").write_text(replaced(Path("llmux.yaml").read_text(), urls))
+    assert ran == [("init", 0), ("check", 0), ("check", 1), ("validate", 0)]
+
+
+def test_the_line_of_serve_is_the_one_that_the_page_shows() -> None:
+    (line,) = (output for command, output in shown() if command.split()[1] == "serve")
+    assert _serve.ready_line(["qwen", "llama"], "127.0.0.1", 8000, "") + "\n" == line
+
+
+def test_every_command_of_the_page_has_its_options(tmp_path: Path) -> None:
+    for command in commands():
+        arguments = shlex.split(command)[1:]
+        result = CliRunner().invoke(app, [*arguments, "--help"])
+        assert result.exit_code == 0, command
+        names = [each for each in arguments if each.startswith("--")]
+        assert [name for name in names if name not in result.output] == [], command
+
+
+def test_the_tables_have_every_command_and_every_kind_of_finding() -> None:
+    named = {f"`{each.name or each.callback.__name__}`" for each in app.registered_commands if each.callback is not None}
+    assert set(rows("llmux-asgi --help")) == named
+    assert set(rows("## Exit status")) == named
+    kinds = {kind for cell in rows("for scripts:") for kind in re.findall(r"`([\w-]+)`", cell)}
+    assert kinds == set(get_args(Kind))
