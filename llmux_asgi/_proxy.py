@@ -81,16 +81,25 @@ class Proxy:
         self._upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
         self._write_timeout = write_timeout
+        self._relays: set[_Relay] = set()
+        """Those that are under way."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
         body = await _read_body(receive)
         if body is not None:
             target = self.targets[scope[SCOPE_LEASE].model]
-            await _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout).run(body)
+            relay = _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout)
+            self._relays.add(relay)
+            try:
+                await relay.run(body)
+            finally:
+                self._relays.discard(relay)
 
     async def aclose(self) -> None:
-        """Close idle connections to the servers."""
+        """End what is under way, with an error to its clients, and close the connections to the servers."""
+        for relay in self._relays:
+            relay.cancel()
         await self._upstream.aclose()
 
 
@@ -182,6 +191,10 @@ class _Relay:
                 task.stop()
             self._beside.clear()
             self._send.end()
+
+    def cancel(self) -> None:
+        """End the exchange; the client is told that its request was interrupted."""
+        self._relaying.cancel()
 
     def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]], delay: float = 0.0) -> None:
         self._beside.append(Later(function, delay))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._build import build_backend, with_ports
+from ._build import api_key_of, build_backend, with_ports
 from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, StoppableBackend
 from .hooks import HooksBackend
 from .llamacpp import LlamaCppBackend
@@ -25,6 +25,7 @@ __all__ = [
     "SGLangBackend",
     "StoppableBackend",
     "VLLMBackend",
+    "api_key_of",
     "build_backend",
     "with_ports",
 ]

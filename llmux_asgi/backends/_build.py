@@ -18,7 +18,7 @@ from .probe import ProbedBackend
 from .sglang import SGLangBackend
 from .vllm import VLLMBackend
 
-__all__ = ["build_backend", "with_ports"]
+__all__ = ["api_key_of", "build_backend", "with_ports"]
 
 
 def with_ports(config: Config) -> Config:
@@ -39,7 +39,7 @@ def with_ports(config: Config) -> Config:
 
 def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: bool = False) -> Backend:
     """Return the backend of one model. Its port must be chosen. `freezes`: its requests have to survive its sleep."""
-    key = read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
+    key = api_key_of(name, model)
     server = _control(name, model, sleep_level, freezes, key)
     if model.probe != "none":
         inside = model.served_name or name
@@ -52,6 +52,11 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: b
         if [Path(command[0]).name, *command[1:2]] == ["vllm", "serve"] and not any("enable-sleep-mode" in a for a in command):
             command = (*command, "--enable-sleep-mode")
     return ManagedBackend(name, server, model.address, command, env=env, cwd=model.cwd, timeouts=model.timeouts)
+
+
+def api_key_of(name: str, model: ModelConfig) -> str | None:
+    """Return the key that a model's server asks for. Raises `ConfigError` if it cannot be read."""
+    return read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
 
 
 def _control(name: str, model: ModelConfig, sleep_level: int, freezes: bool, key: str | None) -> Backend:

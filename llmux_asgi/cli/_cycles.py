@@ -9,7 +9,7 @@ import anyio
 import msgspec
 
 from .._memory import MemoryGauge
-from ..backends import BackendState, StoppableBackend, build_backend
+from ..backends import BackendState, StoppableBackend, api_key_of, build_backend
 from ..backends._http import ControlClient
 from ..backends._protocol import Backend
 from ..backends.probe import FINGERPRINT_TOKENS, say
@@ -134,7 +134,12 @@ class _Bench:
         self.first_answer: str | None = None
         self._served = model.served_name or name
         self._timeouts = model.timeouts
-        self._client = ControlClient(model.address, model.timeouts, hint="Only a model with /v1/completions can be validated.")
+        self._client = ControlClient(
+            model.address,
+            model.timeouts,
+            hint="Only a model with /v1/completions can be validated.",
+            api_key=api_key_of(name, model),
+        )
         self._gauge, self._settle = gauge, config.memory.settle
 
     async def wake(self) -> None:

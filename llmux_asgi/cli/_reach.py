@@ -10,7 +10,7 @@ import anyio
 import httpx
 import msgspec
 
-from ..backends import Backend, BackendState, FreezingBackend, build_backend
+from ..backends import Backend, BackendState, FreezingBackend, api_key_of, build_backend
 from ..backends._http import ControlClient
 from ..config import Config, ModelConfig
 from ..exceptions import (
@@ -111,7 +111,7 @@ class _Look:
         level = self._model.sleep_level or self._config.policy.sleep_level
         plain = msgspec.structs.replace(self._model, probe="none")
         backend = build_backend(self._name, plain, sleep_level=level)
-        client = ControlClient(self._model.address, self._model.timeouts, hint="")
+        client = ControlClient(self._model.address, self._model.timeouts, hint="", api_key=api_key_of(self._name, self._model))
         try:
             await self._ask(backend, client)
         finally:

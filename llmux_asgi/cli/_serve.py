@@ -69,7 +69,7 @@ def serve(
         settings = uvicorn.Config(
             Starlette(routes=[Mount(prefix, gateway)]),
             lifespan="off",  # the server enters the gateway's own
-            ws="none",
+            ws="wsproto",
             log_config=None,
             access_log=access_log,
             root_path=root_path.rstrip("/"),
