@@ -175,6 +175,11 @@ class Lease:
         return trace.get_current_span(self.context)
 
     @property
+    def is_traced(self) -> bool:
+        """Whether there is a trace that its request may belong to."""
+        return self._switcher.telemetry.is_traced
+
+    @property
     def freeze(self) -> Freeze | None:
         """What the request is in the middle of, if it is frozen: its server sleeps and goes on with it afterwards."""
         return self._activation.freeze

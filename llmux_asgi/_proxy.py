@@ -240,7 +240,8 @@ class _Relay:
         route, given = self._address.route, self._scope["headers"]
         pieces = payload(route, given, body, self._target.served_name, named=self._scope[SCOPE_NAMED])
         headers = relayed_request_headers(given, self._target.authorization)
-        inject_headers(headers, self._lease.context)
+        if self._lease.is_traced:
+            inject_headers(headers, self._lease.context)
         target = self._target.prefix + self._address.path.encode("ascii")
         if query := self._scope.get("query_string"):
             target += b"?" + query

@@ -142,7 +142,8 @@ class _Session:
         """Relay until one of both sides closes. Raises `LLMuxError` only before it is accepted."""
         target = self._realtime.targets[lease.model]
         headers = relayed_request_headers(self._scope["headers"], target.authorization)
-        inject_headers(headers, lease.context)
+        if lease.is_traced:
+            inject_headers(headers, lease.context)
         path = target.prefix + address.path.encode("ascii")
         if query := self._scope.get("query_string"):
             path += b"?" + query

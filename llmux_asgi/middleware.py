@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Literal
 
 import anyio
-from opentelemetry.trace import Span
+from opentelemetry.trace import INVALID_SPAN, Span
 from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -115,11 +115,15 @@ class LLMuxMiddleware:
 
     async def serve(self, scope: Scope, receive: Receive, send: Send, address: Address) -> None:
         """Serve an HTTP request whose route is known, whatever its path and method are."""
+        telemetry = self.switcher.telemetry
+        if not telemetry.is_traced:
+            await _Responder(self, scope, receive, send, address, INVALID_SPAN).run()
+            return
         route = address.route.path
         attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: scope["method"], names.HTTP_ROUTE: route}
         if operation := names.OPERATIONS.get(route):
             attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
-        with self.switcher.telemetry.request(scope["headers"], attributes) as span:
+        with telemetry.request(scope["headers"], attributes) as span:
             await _Responder(self, scope, receive, send, address, span).run()
 
     def require_task(self, model: str, address: Address) -> None:

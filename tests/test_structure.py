@@ -78,7 +78,8 @@ LAYERS = [
     ["_realtime"],
     ["app"],
     [""],
-    ["sim", "simulate", "importing", "cli"],
+    ["sim", "simulate", "importing", "serving"],
+    ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
 CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_models", "config/_load"]

@@ -22,6 +22,7 @@ from starlette.routing import Mount
 
 from ..app import LLMuxApp
 from ..exceptions import ConfigError, LLMuxError
+from ..serving import GatheringProtocol, tune_garbage_collection
 from ._app import FAILED, UNUSABLE, app, fail
 
 __all__ = ["Server", "ready_line", "serve"]
@@ -69,12 +70,14 @@ def serve(
         settings = uvicorn.Config(
             Starlette(routes=[Mount(prefix, gateway)]),
             lifespan="off",  # the server enters the gateway's own
+            http=GatheringProtocol,
             ws="wsproto",
             log_config=None,
             access_log=access_log,
             root_path=root_path.rstrip("/"),
             timeout_graceful_shutdown=int(gateway.config.limits.shutdown + _MARGIN),
         )
+        tune_garbage_collection()
         try:
             Server(settings, gateway, ready).run([listener])
         except LLMuxError as error:

@@ -18,6 +18,8 @@ from typing import TypeAlias
 
 import uvicorn
 
+from llmux_asgi.serving import GatheringProtocol, tune_garbage_collection
+
 __all__ = ["main"]
 
 _SAMPLE_SECONDS = 0.001
@@ -36,6 +38,8 @@ def main() -> None:
     app = module.build(f"http://127.0.0.1:{given.upstream_port}")
     # uvicorn ends the process by the signal that it caught; like this it comes to its end instead.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    if given.name.startswith("gateway"):  # as `llmux-asgi serve` does
+        tune_garbage_collection()
     stacks: Counter[_Stack] = Counter()
     if given.stacks is not None:
         _sample(stacks)
@@ -44,7 +48,8 @@ def main() -> None:
             app,
             port=given.port,
             loop="uvloop",
-            http="httptools",
+            http=GatheringProtocol if given.name.startswith("gateway") else "httptools",
+            proxy_headers=False,
             ws="none",
             log_level="warning",
             access_log=False,
