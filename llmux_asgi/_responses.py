@@ -7,6 +7,7 @@ runs. A client may name the model itself, see `llmux_asgi.app`.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Awaitable
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,11 +48,11 @@ class ResponseModels:
             self._models.move_to_end(response)
         return self._models.get(response)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, and note the id of its answer, before the client has it."""
         if scope[SCOPE_ADDRESS].path == RESPONSES:
             send = self._noting(scope[SCOPE_LEASE].model, send)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _noting(self, model: str, send: Send) -> Send:
         reader: _IdReader | None = None

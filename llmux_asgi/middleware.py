@@ -162,7 +162,7 @@ class _Responder:
         self._disconnected = False
         self._lease: Lease | None = None
         self._status = 0
-        self._times = RequestTimes()
+        self._times = RequestTimes() if middleware.request_log is not None else None
         self._grant: Grant | None = scope.get(SCOPE_GRANT)
         """What the client may do; `None`: there is no access control."""
 
@@ -180,7 +180,8 @@ class _Responder:
                 model = resolved
                 self._noted[names.MODEL] = model
                 self._middleware.require_task(model, self._address)
-                self._times.arrived()
+                if self._times is not None:
+                    self._times.arrived()
                 asked = self._field(PRIORITY_HEADER)
                 if self._grant is not None:
                     asked = self._grant.priority(asked)
@@ -209,7 +210,7 @@ class _Responder:
                 self._span.set_attributes(self._noted)
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
             self._switcher.telemetry.requests.add(1, counted)
-            if model and self._middleware.request_log is not None:
+            if model and self._times is not None and self._middleware.request_log is not None:
                 frozen = self._lease.frozen_time if self._lease is not None else 0.0
                 key = self._grant.identity.name if self._grant is not None else None
                 entry = self._times.entry(model, self._status, priority=self._priority, frozen=frozen, key=key)
@@ -233,7 +234,8 @@ class _Responder:
         self._lease = lease
         try:
             self._waited += lease.waited
-            self._times.admitted(self._waited)
+            if self._times is not None:
+                self._times.admitted(self._waited)
             self._noted[names.QUEUE_TIME] = self._waited
             self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
             if lease.switch is not None:
@@ -276,8 +278,10 @@ class _Responder:
             return ""
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
-        named, self._times.stream = read_payload(self._address.route, self._headers, self._body or b"")
-        self._noted[names.GEN_AI_REQUEST_STREAM] = self._times.stream
+        named, streams = read_payload(self._address.route, self._headers, self._body or b"")
+        self._noted[names.GEN_AI_REQUEST_STREAM] = streams
+        if self._times is not None:
+            self._times.stream = streams
         self._named = named_model(named)
         return self._named
 
@@ -334,13 +338,14 @@ class _Responder:
     async def _watch_answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
-            self._body = None  # it is not needed any more
+            self._body, self._fields = None, {}  # they are not needed any more
             self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
-            self._times.ended()
+            if self._times is not None:
+                self._times.ended()
 
     async def _refuse(self, exc: LLMuxError) -> None:
         answer = describe(exc, self._address.route.errors)

@@ -93,9 +93,12 @@ class _HeaderGetter(Getter[Headers]):
 
 class _HeaderSetter(Setter[Headers]):
     def set(self, carrier: Headers, key: str, value: str) -> None:
-        name = key.lower().encode("latin-1")
-        carrier[:] = [pair for pair in carrier if pair[0] != name]
-        carrier.append((name, value.encode("latin-1")))
+        pair = (key.lower().encode("latin-1"), value.encode("latin-1"))
+        for at, (name, _) in enumerate(carrier):
+            if name == pair[0]:
+                carrier[at:] = [each for each in carrier[at:] if each[0] != name]
+                break
+        carrier.append(pair)
 
 
 _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
@@ -185,7 +188,8 @@ def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
 
 def inject_headers(headers: Headers, context: Context) -> None:
     """Write a trace context into the headers of a request to a backend, in place of any that it carries."""
-    if trace.get_current_span(context).get_span_context().is_valid:
+    is_valid = trace.get_current_span(context).get_span_context().is_valid
+    if is_valid and any(name == b"tracestate" for name, _ in headers):
         # A trace that begins here has no state: the client's must not stay beside it.
         headers[:] = [pair for pair in headers if pair[0] != b"tracestate"]
     inject(headers, context, setter=_SETTER)
