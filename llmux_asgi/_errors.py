@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -39,7 +40,9 @@ from .exceptions import (
 
 _ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'\"]*)?")
 
-__all__ = ["ErrorAnswer", "describe", "error_event"]
+_ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
+
+__all__ = ["ErrorAnswer", "describe", "error_event", "headers_before_the_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,15 @@ def describe(exc: LLMuxError, shape: ErrorShape = "openai") -> ErrorAnswer:
         content = {"error": {"message": message, "type": facts.type, "param": facts.param, "code": facts.code}}
     wait = None if facts.retry_after is None else max(1, math.ceil(facts.retry_after))
     return ErrorAnswer(facts.status, msgspec.json.encode(content), wait, tuple(exc.headers))
+
+
+def headers_before_the_body(answer: ErrorAnswer, scope: Mapping[str, Any]) -> Headers:
+    """Return the headers of an answer to a request of ASGI's `scope` whose body, if it has one, has not been read."""
+    headers = answer.headers
+    if scope.get("http_version", "").startswith("1") and any(name in _ANNOUNCE_A_BODY for name, _ in scope["headers"]):
+        # The connection cannot be used again, and not every server tells the client by itself.
+        headers.append((b"connection", b"close"))
+    return headers
 
 
 def error_event(exc: LLMuxError, shape: ErrorShape = "openai") -> bytes:

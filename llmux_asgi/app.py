@@ -12,7 +12,7 @@ import anyio
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from ._errors import describe
+from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
 from ._openai import Headers
 from ._proxy import Proxy
@@ -182,7 +182,7 @@ class LLMuxApp:
                 await self._inference.serve(scope, receive, send, address)
                 return
         except LLMuxError as exc:
-            await _refuse(send, exc, shape_of(path))
+            await _refuse(scope, send, exc, shape_of(path))
         else:
             await _answer_json(send, content)
 
@@ -239,9 +239,10 @@ async def _answer_json(send: Send, content: object) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _refuse(send: Send, exc: LLMuxError, shape: ErrorShape) -> None:
+async def _refuse(scope: Scope, send: Send, exc: LLMuxError, shape: ErrorShape) -> None:
     answer = describe(exc, shape)
-    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
+    headers = headers_before_the_body(answer, scope)
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._errors import describe
+from .._errors import describe, headers_before_the_body
 from .._openai import PRIORITY_HEADER, is_done, without_credentials
 from .._routes import shape_of
 from ..config import Config
@@ -38,7 +38,6 @@ Identify: TypeAlias = Callable[[Scope], Identity | Awaitable[Identity | None] | 
 
 _MOST_ACCOUNTS = 10_000
 """From so many on, those that have nothing to remember are forgotten."""
-_ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
 _NO_KEY = "No API key came with the request. Send it as authorization: Bearer KEY, or as x-api-key: KEY."
 
 
@@ -230,10 +229,7 @@ async def _refuse(exc: LLMuxError, scope: Scope, receive: Receive, send: Send) -
     else:
         logger.error("%s", exc)
     answer = describe(exc, shape_of(scope["path"]))
-    headers = answer.headers
-    if scope.get("http_version", "").startswith("1") and any(name in _ANNOUNCE_A_BODY for name, _ in scope["headers"]):
-        # The body is not read, so the connection cannot be used again: not every server tells the client by itself.
-        headers.append((b"connection", b"close"))
+    headers = headers_before_the_body(answer, scope)
     kind = "http.response"
     if scope["type"] == "websocket":
         await receive()

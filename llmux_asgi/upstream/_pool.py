@@ -7,6 +7,7 @@ import socket
 import time
 from typing import Protocol
 
+from .._spawn import Later
 from ._parser import Http1Response
 
 __all__ = ["Pool", "PooledConnection", "Probe"]
@@ -34,13 +35,14 @@ class Pool:
     One that has been idle for `keepalive` seconds is not used any more, and at most `limit` are kept.
     """
 
-    __slots__ = ("_idle", "_keepalive", "_limit")
+    __slots__ = ("_idle", "_keepalive", "_limit", "_trimming")
 
     def __init__(self, keepalive: float, limit: int) -> None:
         self._keepalive = keepalive
         self._limit = limit
         self._idle: dict[PooledConnection, float] = {}
         """Since when each is idle; the last one was used last."""
+        self._trimming: Later | None = None
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -60,10 +62,12 @@ class Pool:
         now = time.monotonic()
         idle = self._idle
         idle[connection] = now
-        oldest = next(iter(idle))
-        if len(idle) > self._limit or now - idle[oldest] > self._keepalive:
+        if len(idle) > self._limit:
+            oldest = next(iter(idle))
             del idle[oldest]
             oldest.close()
+        if self._trimming is None:
+            self._trimming = Later(self._trim, self._keepalive)
 
     def discard(self, connection: PooledConnection) -> None:
         """Forget a connection that the server has closed, if it is here."""
@@ -71,8 +75,21 @@ class Pool:
 
     def close(self) -> None:
         """Close all of them."""
+        if self._trimming is not None:
+            self._trimming.stop()
+            self._trimming = None
         while self._idle:
             self._idle.popitem()[0].close()
+
+    async def _trim(self) -> None:
+        """Close those that are not used any more: their servers close them too, which is not seen under trio."""
+        idle, limit = self._idle, time.monotonic() - self._keepalive
+        while idle and idle[oldest := next(iter(idle))] <= limit:
+            del idle[oldest]
+            oldest.close()
+        self._trimming = None
+        if idle:
+            self._trimming = Later(self._trim, max(0.0, next(iter(idle.values())) + self._keepalive - time.monotonic()))
 
 
 class Probe:

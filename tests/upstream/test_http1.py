@@ -214,6 +214,15 @@ async def test_a_connection_that_was_idle_for_too_long_is_not_used(client: Clien
 
 
 @pytest.mark.anyio
+async def test_a_connection_that_is_not_used_any_more_is_closed_without_a_further_request(client: Client) -> None:
+    client.server.answer(OK)
+    client.upstream = upstream = Http1Upstream(keepalive=0.3)
+    assert await client.read() == (200, b"hi")
+    assert upstream.idle == 1
+    await anyio.to_thread.run_sync(eventually, "it is closed", lambda: upstream.idle == 0)
+
+
+@pytest.mark.anyio
 async def test_the_answer_of_a_server_that_does_not_want_the_rest_of_the_body_arrives(client: Client) -> None:
     seen, over = threading.Event(), threading.Event()
 
