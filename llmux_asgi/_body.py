@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import httpx
 
@@ -10,24 +10,24 @@ __all__ = ["Body"]
 
 
 class Body(httpx.AsyncByteStream):
-    """`content` in one piece.
+    """The pieces of a body.
 
     Not a generator, as the one of httpx is: trio warns of one that a cancelled request has left half-way.
     """
 
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self._pieces = pieces
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Start from the beginning."""
-        return _Pieces([self._content])
+        return _Pieces(list(self._pieces))
 
 
 class _Pieces(AsyncIterator[bytes]):
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes | memoryview]) -> None:
         self._pieces = pieces
 
     async def __anext__(self) -> bytes:
         if not self._pieces:
             raise StopAsyncIteration
-        return self._pieces.pop(0)
+        return bytes(self._pieces.pop(0))

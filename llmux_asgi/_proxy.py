@@ -204,7 +204,10 @@ class _Relay:
             pass
         if not self._done:
             self._lease.span.set_attribute(names.CLIENT_DISCONNECTED, True)
-        if not self._ended:  # else it is not the client: an ASGI server tells of a finished exchange in the same way
+        if self._ended:
+            # An ASGI server tells of a finished exchange in the same way. If it is the client, the last `send` may not return.
+            self._lease.release()
+        else:
             self._client_left = True
             self._relaying.cancel()
 
@@ -250,7 +253,7 @@ class _Relay:
             self._target.origin,
             target,
             headers,
-            b"".join(pieces),
+            pieces,
             self._target.timeouts,
         )
         try:

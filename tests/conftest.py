@@ -11,3 +11,12 @@ pytest_plugins = ["tests.real.fixtures"]
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """Both event loops, for every test marked `anyio`."""
     return str(request.param)
+
+
+@pytest.fixture
+def uncovered_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts are not measured for coverage, which costs more than half of a short life like theirs.
+
+    For tests that start hundreds, and whose lines others cover.
+    """
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)

@@ -73,7 +73,7 @@ class ControlClient:
         timeouts = httpx.Timeout(None, connect=self._timeouts.connect)
         call = f"{method} {path}"
         content = b"" if json is None else msgspec.json.encode(json)
-        body, headers = Body(content), {"content-length": str(len(content)), **self._headers}
+        body, headers = Body([content]), {"content-length": str(len(content)), **self._headers}
         if content:
             headers["content-type"] = "application/json"
         try:

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from ._http1 import Http1Upstream
 from ._httpx import HttpxUpstream
-from ._protocol import Origin, Upstream, UpstreamFault, UpstreamResponse
+from ._protocol import Content, Origin, Upstream, UpstreamFault, UpstreamResponse
 
-__all__ = ["Http1Upstream", "HttpxUpstream", "Origin", "Upstream", "UpstreamFault", "UpstreamResponse"]
+__all__ = ["Content", "Http1Upstream", "HttpxUpstream", "Origin", "Upstream", "UpstreamFault", "UpstreamResponse"]

@@ -6,12 +6,11 @@ import asyncio
 from typing import cast
 
 from ._parser import Http1Response, ResponseParser, silence
-from ._pool import Pool, Probe
+from ._pool import SMALL, Pool, Probe
+from ._protocol import Content
 
 __all__ = ["AsyncioConnection"]
 
-_SMALL = 65536
-"""Bytes of a request's body that are joined with its head rather than sent by a call of their own."""
 _PIECE = 262_144
 """Bytes of a large body that are handed to the transport at a time: it may copy what the socket does not take."""
 _HIGH_WATER = 131_072
@@ -27,7 +26,7 @@ class AsyncioConnection(asyncio.Protocol):
         self._parser = ResponseParser()
         self._response: Http1Response | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._unsent: memoryview | None = None
+        self._unsent: list[memoryview] = []
         self._stalled = False
         """Whether the transport has as much to send as it will take."""
         self._paused = False
@@ -40,20 +39,20 @@ class AsyncioConnection(asyncio.Protocol):
         self._due = 0.0
         """When the timer fires. It is not moved when the silence is broken: it looks when it fires."""
 
-    def start(self, method: bytes, head: bytes, body: bytes, limit: float | None) -> Http1Response:
+    def start(self, method: bytes, head: bytes, body: Content, limit: float | None) -> Http1Response:
         """Send a request. `limit`: seconds that the server may be silent, or not take what is sent."""
         self._response = response = Http1Response(self)
         self._parser.expect(method, response)
         self._limit = limit
         transport = self._transport
-        small = len(body) <= _SMALL
-        transport.write(head + body if small else head)
+        small = isinstance(body, bytes) and len(body) <= SMALL
+        transport.write(head + body if small else head)  # type: ignore[operator]
         if transport.is_closing():  # the first byte already was refused
             response.sent = False
             response.fault = "broke off: the connection was closed."
             self.close()
         elif not small:
-            self._unsent = memoryview(body)
+            self._unsent = [memoryview(piece) for piece in ([body] if isinstance(body, bytes) else body) if piece]
             self._send_on()
         return response
 
@@ -80,7 +79,7 @@ class AsyncioConnection(asyncio.Protocol):
             return
         self._closed = True
         self._parser.fail("was given up.")
-        self._unsent = None
+        self._unsent = []
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -140,8 +139,13 @@ class AsyncioConnection(asyncio.Protocol):
         self._wake()
 
     def _send_on(self) -> None:
-        while self._unsent is not None and not self._stalled:
-            piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:] or None
+        unsent = self._unsent
+        while unsent and not self._stalled:
+            piece, rest = unsent[0][:_PIECE], unsent[0][_PIECE:]
+            if rest:
+                unsent[0] = rest
+            else:
+                del unsent[0]
             self._transport.write(piece)
 
     def _set_timer(self, due: float) -> None:
@@ -158,7 +162,7 @@ class AsyncioConnection(asyncio.Protocol):
         if due > self._loop.time():
             self._set_timer(due)
             return
-        self._parser.fail(silence(self._limit, reads=self._unsent is None))
+        self._parser.fail(silence(self._limit, reads=not self._unsent))
         self.close()
         self._wake()
 

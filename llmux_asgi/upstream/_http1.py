@@ -14,8 +14,8 @@ from .._openai import Headers
 from ..config import TimeoutsConfig
 from ._asyncio import AsyncioConnection
 from ._parser import Http1Response
-from ._pool import Pool, PooledConnection
-from ._protocol import Origin, UpstreamFault, running_loop
+from ._pool import SMALL, Pool, PooledConnection
+from ._protocol import Content, Origin, UpstreamFault, running_loop
 from ._request import request_head
 from ._streams import StreamConnection
 
@@ -44,10 +44,15 @@ class Http1Upstream:
         self._closer: AsyncGenerator[None] | None = None
 
     async def request(
-        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: Content, timeouts: TimeoutsConfig
     ) -> Http1Response:
         """Send a request; see `Upstream`. Raises `InvalidRequestError` for what HTTP does not allow."""
-        head = request_head(method, origin.authority, target, headers, len(body))
+        if not isinstance(body, bytes):
+            body = list(body) if len(body) > 1 else bytes(body[0]) if body else b""
+        length = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        if length <= SMALL and not isinstance(body, bytes):
+            body = b"".join(body)
+        head = request_head(method, origin.authority, target, headers, length)
         pool = self._pool(origin)
         connection: PooledConnection | None = pool.take()
         if connection is not None:

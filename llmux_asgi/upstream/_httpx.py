@@ -11,7 +11,7 @@ import httpx
 from .._body import Body
 from .._openai import Headers
 from ..config import TimeoutsConfig
-from ._protocol import Origin, UpstreamFault, running_loop
+from ._protocol import Content, Origin, UpstreamFault, running_loop
 
 __all__ = ["HttpxUpstream"]
 
@@ -29,14 +29,15 @@ class HttpxUpstream:
         self._loop: object = None
 
     async def request(
-        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: Content, timeouts: TimeoutsConfig
     ) -> _Response:
         """Send a request; see `Upstream`."""
+        pieces = [body] if isinstance(body, bytes) else body
         request = httpx.Request(
             method.decode("ascii"),
             origin.url,
-            headers=[(b"host", origin.authority), *headers, (b"content-length", b"%d" % len(body))],
-            stream=Body(body),
+            headers=[(b"host", origin.authority), *headers, (b"content-length", b"%d" % sum(map(len, pieces)))],
+            stream=Body(pieces),
             extensions={
                 "target": target,  # as it came: httpx would quote it anew
                 "timeout": {"connect": timeouts.connect, "read": timeouts.read, "write": timeouts.read, "pool": None},

@@ -9,15 +9,23 @@ from typing import Protocol
 
 from .._spawn import Later
 from ._parser import Http1Response
+from ._protocol import Content
 
-__all__ = ["Pool", "PooledConnection", "Probe"]
+__all__ = ["SMALL", "Pool", "PooledConnection", "Probe"]
+
+
+SMALL = 65536
+"""Bytes of a request's body that are sent together with its head."""
 
 
 class PooledConnection(Protocol):
     """A connection that serves one request after another."""
 
-    def start(self, method: bytes, head: bytes, body: bytes, limit: float | None) -> Http1Response:
-        """Send a request. `limit`: seconds that the server may be silent, or not take what is sent."""
+    def start(self, method: bytes, head: bytes, body: Content, limit: float | None) -> Http1Response:
+        """Send a request, its body in one piece if it is `SMALL`.
+
+        `limit`: seconds that the server may be silent, or not take what is sent.
+        """
         ...
 
     def is_fresh(self) -> bool:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, TypeAlias
 
 import httpx
 
 from .._openai import Headers
 from ..config import TimeoutsConfig
 
-__all__ = ["Origin", "Upstream", "UpstreamFault", "UpstreamResponse", "running_loop"]
+__all__ = ["Content", "Origin", "Upstream", "UpstreamFault", "UpstreamResponse", "running_loop"]
+
+
+Content: TypeAlias = bytes | Sequence[bytes | memoryview]
+"""A request's body, in one piece or in several."""
 
 
 class UpstreamFault(Exception):
@@ -80,13 +84,14 @@ class Upstream(Protocol):
     """Sends requests to servers. The seam at which the HTTP client can be replaced."""
 
     async def request(
-        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: Content, timeouts: TimeoutsConfig
     ) -> UpstreamResponse:
         """Send `method target` to `origin` and return the answer as soon as its headers are there.
 
-        `headers` are without `Host`, `Content-Length` and hop-by-hop ones. `timeouts.connect` limits opening a connection,
-        `timeouts.read` the silence of a server that is to take or send bytes. The caller closes the answer. Raises
-        `UpstreamFault` if none comes; if the call is cancelled the connection is closed.
+        `body` is in one piece or in several, which are sent as one. `headers` are without `Host`, `Content-Length` and
+        hop-by-hop ones. `timeouts.connect` limits opening a connection, `timeouts.read` the silence of a server that is to
+        take or send bytes. The caller closes the answer. Raises `UpstreamFault` if none comes; if the call is cancelled the
+        connection is closed.
         """
         ...
 

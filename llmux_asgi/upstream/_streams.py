@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Sequence
 
 import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from ._parser import Http1Response, ResponseParser, silence
-from ._pool import Pool, Probe
+from ._pool import SMALL, Pool, Probe
+from ._protocol import Content
 
 __all__ = ["StreamConnection"]
 
-_SMALL = 65536
-"""Bytes of a request's body that are sent before the answer is looked for."""
 _PIECE = 262_144
 """Bytes of a larger one whose sending breaks the silence."""
 _READ = 65536
@@ -30,7 +30,7 @@ class StreamConnection:
         self._probe = Probe(self._socket)
         self._parser = ResponseParser()
         self._response = Http1Response(self)
-        self._unsent: tuple[bytes, bytes] | None = None
+        self._unsent: tuple[bytes, Content] | None = None
         """The request, until its sending begins."""
         self._sending = False
         """Whether the server has not been sent all of it."""
@@ -38,7 +38,7 @@ class StreamConnection:
         self._silence = anyio.CancelScope()
         self._closed = False
 
-    def start(self, method: bytes, head: bytes, body: bytes, limit: float | None) -> Http1Response:
+    def start(self, method: bytes, head: bytes, body: Content, limit: float | None) -> Http1Response:
         """Begin a request; the first `advance` sends it. `limit`: seconds that the server may be silent, or take nothing."""
         self._response = Http1Response(self)
         self._parser.expect(method, self._response)
@@ -52,10 +52,10 @@ class StreamConnection:
         request, self._unsent = self._unsent, None
         if request is None:
             await self._receive()
-        elif len(request[1]) <= _SMALL:
-            await self._send_small(b"".join(request))
+        elif isinstance(body := request[1], bytes) and len(body) <= SMALL:
+            await self._send_small(request[0] + body)
         else:
-            await self._send_large(*request)
+            await self._send_large(request[0], [body] if isinstance(body, bytes) else body)
         response = self._response
         if response.whole and self._parser.reusable and not self._sending:
             self._pool.put(self)
@@ -99,7 +99,7 @@ class StreamConnection:
         else:
             await self._receive()
 
-    async def _send_large(self, head: bytes, body: bytes) -> None:
+    async def _send_large(self, head: bytes, body: Sequence[bytes | memoryview]) -> None:
         response = self._response
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._send_pieces, head, body)
@@ -108,14 +108,15 @@ class StreamConnection:
             if response.status >= 400 or response.fault or response.whole:
                 tasks.cancel_scope.cancel()  # the server does not want the rest
 
-    async def _send_pieces(self, head: bytes, body: bytes) -> None:
+    async def _send_pieces(self, head: bytes, body: Sequence[bytes | memoryview]) -> None:
         try:
             await self._stream.send(head)
-            rest = memoryview(body)
-            while rest:
-                await self._stream.send(bytes(rest[:_PIECE]))
-                rest = rest[_PIECE:]
-                self._silence.deadline = anyio.current_time() + self._limit
+            for part in body:
+                rest = memoryview(part)
+                while rest:
+                    await self._stream.send(bytes(rest[:_PIECE]))
+                    rest = rest[_PIECE:]
+                    self._silence.deadline = anyio.current_time() + self._limit
             self._sending = False
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError):
             return  # who waits for the answer will be told; there may be one

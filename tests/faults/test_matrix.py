@@ -13,6 +13,7 @@ from .matrix import FAULTS
 from .stage import stage_for
 
 
+@pytest.mark.usefixtures("uncovered_processes")
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_has_a_known_end(name: str, loop: EventLoop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

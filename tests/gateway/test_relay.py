@@ -15,7 +15,7 @@ import httpx
 from llmux_asgi import LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
 from llmux_asgi._openai import Headers
 from llmux_asgi._proxy import Proxy
-from llmux_asgi.upstream import Origin
+from llmux_asgi.upstream import Content, Origin
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import EVENTS, counts_come_back_to_zero, echo
 from tests.support.eventually import eventually
@@ -104,7 +104,7 @@ class SlowToEnd:
         self.chunks = [b"one", b"two"]
 
     async def request(
-        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: bytes, timeouts: TimeoutsConfig
+        self, method: bytes, origin: Origin, target: bytes, headers: Headers, body: Content, timeouts: TimeoutsConfig
     ) -> SlowToEnd:
         return self
 

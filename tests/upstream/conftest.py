@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from llmux_asgi import Http1Upstream, HttpxUpstream, Origin, TimeoutsConfig, Upstream, UpstreamResponse
+from llmux_asgi.upstream import Content
 from tests.support.wire import WireServer, wire_server
 
 BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,11 +32,11 @@ class Client:
     origin: Origin
     timeouts: TimeoutsConfig
 
-    async def send(self, method: bytes = b"POST", target: bytes = b"/v1/x?q=%2F", body: bytes = b"{}") -> UpstreamResponse:
+    async def send(self, method: bytes = b"POST", target: bytes = b"/v1/x?q=%2F", body: Content = b"{}") -> UpstreamResponse:
         """Send a request."""
         return await self.upstream.request(method, self.origin, target, [(b"x-a", b"1")], body, self.timeouts)
 
-    async def read(self, method: bytes = b"POST", body: bytes = b"{}") -> tuple[int, bytes]:
+    async def read(self, method: bytes = b"POST", body: Content = b"{}") -> tuple[int, bytes]:
         """Send a request and return the status and body of its answer."""
         response = await self.send(method, body=body)
         try:

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from llmux_asgi import Origin, UpstreamFault
+from llmux_asgi.upstream import Content
 from tests.support.serve import free_port
 from tests.support.wire import Peer
 from tests.upstream.conftest import Client, until
@@ -89,11 +90,18 @@ async def test_a_large_body_arrives_and_is_answered(client: Client) -> None:
     def script(peer: Peer) -> None:
         request = peer.read_request()
         digest = hashlib.sha256(request.partition(b"\r\n\r\n")[2]).hexdigest().encode()
-        peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 64\r\n\r\n" + digest)
+        peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 64\r\nconnection: close\r\n\r\n" + digest)
         peer.client_left()
 
     client.server.script = script
     assert await client.read(body=body) == (200, hashlib.sha256(body).hexdigest().encode())
+    view = memoryview(body)
+    large: list[Content] = [[view[:7], b"", view[7:]], [view[: len(body) // 2], view[len(body) // 2 :]], [body]]
+    for pieces in large:
+        assert await client.read(body=pieces) == (200, hashlib.sha256(body).hexdigest().encode())
+    smalls: list[tuple[Content, bytes]] = [([b"{", memoryview(b"}")], b"{}"), ([], b""), ([b""], b"")]
+    for small, whole in smalls:
+        assert (await client.read(body=small))[1] == hashlib.sha256(whole).hexdigest().encode()
 
 
 # What goes wrong
