@@ -256,7 +256,8 @@ def switch_fails_for_a_thousand(stage: Stage) -> None:
     stage.faults("b", "wake:*:fail")
     first = stage.begin("b")
     stage.until_phase(Phase.SLEEP)
-    answers = stage.thousand("b", 999)
+    # hypercorn takes 20 s for as many as uvicorn takes in 5; what the gateway does with them is the same.
+    answers = stage.at_once("b", 999 if stage.loop == "asyncio" else 249)
     assert {status for status, _ in answers} == {503}
     assert all(int(after) > 0 for _, after in answers)
     assert first.result().status == 503

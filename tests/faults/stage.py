@@ -335,7 +335,7 @@ class Stage:
         """Run `function` beside the test."""
         return self._pool.submit(function)
 
-    def thousand(self, model: str, count: int) -> list[tuple[int, str]]:
+    def at_once(self, model: str, count: int) -> list[tuple[int, str]]:
         """Send `count` requests at once; returns status and `Retry-After` of each."""
 
         async def ask(client: httpx.AsyncClient) -> tuple[int, str]:
