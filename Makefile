@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm lint types docs clean
+.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ demo: $(VENV)/.demo ## switch between two simulated vLLM servers and show what h
 
 test: $(VENV)/.test ## the fast tests, with branch coverage; ARGS='...' goes to pytest
 	@$(BIN)/python -m pytest -n 6 --dist worksteal --cov --cov-branch --cov-report=term --cov-fail-under=95 $(ARGS)
+
+test-faults: $(VENV)/.test ## the half of the fault matrix that `make test` leaves out: each row on its other event loop
+	@$(BIN)/python -m pytest -n 6 --dist worksteal -m second_loop $(ARGS)
 
 soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 200 faults, in at most 10 minutes; ARGS='--seed 1 --loop trio'
 	@$(BIN)/python -m tests.soak $(ARGS)

@@ -352,6 +352,7 @@ class _Responder:
         headers = answer.headers
         if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):
             headers.append((b"connection", b"close"))  # the rest of the body is not waited for
+        self._upload.close()  # not when the answer is out: a server may hang in that for ever, if its client has gone
         await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
 

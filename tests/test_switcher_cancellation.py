@@ -175,7 +175,7 @@ async def test_a_request_gets_its_timeout_in_time_while_a_step_is_on_the_wire() 
     pool = Pool()
     async with running(pool) as run:
         gate = pool.backends["b"].gate("wake")
-        first = run.send("b", timeout=0.01)
+        first = run.send("b", timeout=0.3)
         await gate.entered.wait()
         await first.done.wait()  # although the wake that it caused is not over
         assert isinstance(first.error, QueueTimeoutError)

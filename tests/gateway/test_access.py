@@ -14,6 +14,8 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from llmux_asgi import ConfigError
 from llmux_asgi.access import hash_key
@@ -97,6 +99,20 @@ def test_a_key_is_taken_from_either_header_and_no_credential_reaches_a_server(se
     assert b"x-other" in got
     assert not got.keys() & {b"authorization", b"x-api-key", b"api-key", b"cookie"}
     assert key_of(name).encode() not in b"".join(got.values())
+
+
+@pytest.mark.parametrize(
+    ("headers", "model", "status"),
+    [({}, "a", 401), (bearer("wrong"), "a", 401), (bearer("only-a"), "b", 403), (bearer("only-a"), "no-such-model", 403)],
+    ids=["no key", "wrong key", "not its model", "no model"],
+)
+def test_a_websocket_needs_a_key_that_may_use_its_model(
+    served: Gateway, headers: dict[str, str], model: str, status: int
+) -> None:
+    url = served.url.replace("http", "ws") + f"/v1/realtime?model={model}"
+    with pytest.raises(InvalidStatus) as refused, connect(url, additional_headers=headers, open_timeout=10):
+        pass
+    assert refused.value.response.status_code == status
 
 
 def test_a_server_gets_its_own_key_with_relayed_and_with_control_calls(served: Gateway) -> None:
