@@ -333,15 +333,21 @@ class _Responder:
             return {"type": "http.request", "body": self._body, "more_body": False}
         if self._disconnected:
             return {"type": "http.disconnect"}
-        return await self._receive()
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._upload.close()
+        return message
 
     async def _watch_answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._body, self._fields = None, {}  # they are not needed any more
             self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        if is_last:
+            self._upload.close()  # not after it: some servers never return from a `send` to a client that has gone
         await self._send(message)
-        if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lease is not None:
+        if is_last and self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
             if self._times is not None:
@@ -352,7 +358,7 @@ class _Responder:
         headers = answer.headers
         if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):
             headers.append((b"connection", b"close"))  # the rest of the body is not waited for
-        self._upload.close()  # not when the answer is out: a server may hang in that for ever, if its client has gone
+        self._upload.close()
         await self._watch_answer({"type": "http.response.start", "status": answer.status, "headers": headers})
         await self._watch_answer({"type": "http.response.body", "body": answer.body, "more_body": False})
 
