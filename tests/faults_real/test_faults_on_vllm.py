@@ -251,11 +251,14 @@ def test_a_server_that_its_supervisor_restarts_is_served_again(gateway: Stage, r
 # Starts that fail
 
 
-def test_a_model_that_does_not_exist_is_told_in_vllms_own_words(real_servers: RealServers, expected: Expected) -> None:
+def test_a_model_that_does_not_exist_is_told_in_vllms_own_words_in_the_log(
+    real_servers: RealServers, expected: Expected, caplog: pytest.LogCaptureFixture
+) -> None:
     own = own_model(real_servers)
     own["command"] = ["/no/such/model" if part == str(real_servers.alpha.model) else part for part in own["command"]]
     with stage(real_servers, expected, own) as gateway:
-        gateway.fails("own", 503, "ended before it was ready: exit status 1", "/no/such/model")
+        gateway.fails("own", 503, "ended before it was ready: exit status 1", "in the gateway's log")
+        assert "/no/such/model" in caplog.text
         nothing_is_left(gateway)
 
 
