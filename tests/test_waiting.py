@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from llmux_asgi._waiting import SendWatch, within
+from llmux_asgi._waiting import Cancellable, SendWatch, within
 
 pytestmark = pytest.mark.anyio
 
@@ -143,3 +143,44 @@ async def test_the_time_of_a_send_that_is_over_does_not_count(
             assert pauses == [1.0, pause]
             monkeypatch.undo()
             tasks.cancel_scope.cancel()
+
+
+async def test_a_block_is_left_when_another_task_cancels_it_and_nothing_of_that_is_left_over() -> None:
+    block, entered = Cancellable(), anyio.Event()
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as tasks:
+
+            async def cancel() -> None:
+                await entered.wait()
+                block.cancel()
+                block.cancel()
+
+            tasks.start_soon(cancel)
+            with block:
+                entered.set()
+                await anyio.sleep_forever()
+            await anyio.lowlevel.checkpoint()
+        block.cancel()  # it is over: nothing happens
+        await anyio.lowlevel.checkpoint()
+    assert block.cancelled_caught
+
+
+async def test_a_block_is_left_after_a_time_or_ends_before_it() -> None:
+    with anyio.fail_after(5):
+        late, early = Cancellable(), Cancellable()
+        with late:
+            late.cancel_after(0.01)
+            await anyio.sleep_forever()
+        with early:
+            early.cancel_after(60)
+        await anyio.lowlevel.checkpoint()
+    assert [late.cancelled_caught, early.cancelled_caught] == [True, False]
+
+
+async def test_a_cancellation_from_outside_goes_through_a_block() -> None:
+    block = Cancellable()
+    with anyio.CancelScope() as scope, block:
+        scope.cancel()
+        await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert not block.cancelled_caught
