@@ -145,7 +145,7 @@ async def test_the_time_of_a_send_that_is_over_does_not_count(
             tasks.cancel_scope.cancel()
 
 
-async def test_a_block_is_left_when_another_task_cancels_it_and_nothing_of_that_is_left_over() -> None:
+async def test_a_block_is_left_when_another_task_cancels_it_and_nothing_of_that_is_left_over(anyio_backend: str) -> None:
     block, entered = Cancellable(), anyio.Event()
     with anyio.fail_after(5):
         async with anyio.create_task_group() as tasks:
@@ -160,9 +160,20 @@ async def test_a_block_is_left_when_another_task_cancels_it_and_nothing_of_that_
                 entered.set()
                 await anyio.sleep_forever()
             await anyio.lowlevel.checkpoint()
-        block.cancel()  # it is over: nothing happens
-        await anyio.lowlevel.checkpoint()
     assert block.cancelled_caught
+    if anyio_backend == "asyncio":
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+
+
+async def test_to_cancel_a_block_that_is_over_does_nothing() -> None:
+    block = Cancellable()
+    with block:
+        await anyio.lowlevel.checkpoint()
+    block.cancel()
+    await anyio.lowlevel.checkpoint()
+    assert not block.cancelled_caught
 
 
 async def test_a_block_is_left_after_a_time_or_ends_before_it() -> None:
