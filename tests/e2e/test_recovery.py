@@ -93,7 +93,7 @@ async def take_turns(servers: Trio, turns: str, level: int, timeouts: dict[str, 
         (2, "wake:2:oom", {}, [0]),
         (2, "wake:1:oom wake:2:oom", {}, [1]),
         (1, "sleep:1:delay=1", {"sleep": 0.5}, [0]),  # asleep after all, as it says itself
-        (1, "sleep:1:delay=1", {"sleep": 0.7, "probe": 0.2}, [0]),  # ... in time for the second call
+        (1, "sleep:1:delay=2.5", {"sleep": 1.7, "probe": 0.7}, [0]),  # ... in time for the second call
         (1, "sleep:1:delay=1.5", {"sleep": 0.5, "probe": 0.4}, range(1, 9)),  # ... when it can say so again
         (1, "sleep:1:hang", {"sleep": 0.5}, [0]),
         (1, "sleep:1:hang sleep:2:hang", {"sleep": 0.5}, [1]),
