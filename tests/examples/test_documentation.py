@@ -128,6 +128,8 @@ def configuration_keys() -> dict[str, str]:
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
         "SecretConfig": "models.NAME.api_key.",
+        "ModelParametersConfig": "models.NAME.parameters.",
+        "ParametersConfig": "models.NAME.parameters.",  # the same ones by alias
     }
     structs = json_schema()["$defs"]
     assert structs.keys() == prefixes.keys()
