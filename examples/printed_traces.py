@@ -6,6 +6,7 @@ It reads `llmux.yaml` in the working folder. Real hosts send their spans to a co
 """
 
 import os
+import sys
 
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
@@ -25,7 +26,7 @@ def line(span: ReadableSpan) -> str:
 
 
 provider = TracerProvider()
-provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(formatter=line)))
+provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(out=sys.stdout, formatter=line)))
 
 llm = LLMuxApp("llmux.yaml", tracer_provider=provider)
 app = Starlette(routes=[Mount("/llm", app=llm)], lifespan=llm.lifespan)
