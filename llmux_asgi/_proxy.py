@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -43,6 +43,8 @@ SCOPE_ADDRESS = "llmux.address"
 """Key of the ASGI scope with the request's `Address`: its route, and its path below the gateway's mount point."""
 SCOPE_NAMED = "llmux.named"
 """Key of the ASGI scope with the model that the body names; `None`: it has not been looked at."""
+SCOPE_BODY = "llmux.body"
+"""Key of the ASGI scope with the request's body, for the app that relays it; `receive` gives it too."""
 SCOPE_LAST_TRY = "llmux.last_try"
 """Key of the ASGI scope that says whether a request is sent for the last time."""
 
@@ -86,7 +88,9 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
-        body = await _read_body(receive)
+        body: bytes | None = scope.pop(SCOPE_BODY, None)
+        if body is None:
+            body = await _read_body(receive)
         if body is not None:
             target = self.targets[scope[SCOPE_LEASE].model]
             relay = _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout)
@@ -154,8 +158,6 @@ class _Relay:
         self._client_left = False
         self._frozen_too_long: LLMuxError | None = None
         self._started = False
-        self._sending = False
-        """Whether a part of the answer is on its way to the client."""
         self._beating: anyio.Event | None = None
         """Set when the heartbeat that is on its way to the client is out."""
         self._streams_events = False
@@ -231,7 +233,7 @@ class _Relay:
             self._relaying.cancel()
 
     async def _beat(self) -> None:
-        if self._streams_events and self._started and not (self._in_event or self._ended or self._sending):
+        if self._streams_events and self._started and not (self._in_event or self._ended or self._send.busy):
             self._beating = beating = anyio.Event()
             try:
                 await self._send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
@@ -257,25 +259,22 @@ class _Relay:
             self._target.timeouts,
         )
         try:
-            await self._pass_answer(response, body)
+            if response.status >= 500:
+                self._lease.distrust()  # its engine may have died
+                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                    raise UpstreamFault(f"answered {response.status}.")
+            head = AnswerHead.of(response.headers)
+            self._streams_events = head.is_events
+            start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
+            # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
+            if head.is_events:
+                await self._relay_events(start, response, InterruptedAnswer(route.path, body))
+            elif self._lease.interrupted:
+                await self._relay_checked(start, response, InterruptedAnswer(route.path, body))
+            else:
+                await self._relay_plain(start, response, head.length)
         finally:
             await response.aclose()
-
-    async def _pass_answer(self, response: UpstreamResponse, body: bytes) -> None:
-        if response.status >= 500:
-            self._lease.distrust()  # its engine may have died
-            if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
-                raise UpstreamFault(f"answered {response.status}.")
-        head = AnswerHead.of(response.headers)
-        self._streams_events = head.is_events
-        start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
-        # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
-        if head.is_events:
-            await self._relay_events(start, response, InterruptedAnswer(self._address.route.path, body))
-        elif self._lease.interrupted:
-            await self._relay_checked(start, response, InterruptedAnswer(self._address.route.path, body))
-        else:
-            await self._relay_plain(start, response, head.length)
 
     async def _relay_plain(self, start: Message, response: UpstreamResponse, left: int | None) -> None:
         await self._begin(start)
@@ -320,20 +319,23 @@ class _Relay:
         await self._begin(start)
         await self._pass_on(body, last=True)
 
-    async def _begin(self, start: Message) -> None:
+    def _begin(self, start: Message) -> Awaitable[None]:
         self._started = True
-        await self._send(start)
+        return self._send(start)
 
-    async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
+    def _pass_on(self, data: bytes, *, last: bool = False) -> Awaitable[None]:
+        # Neither is a coroutine of its own: every part of an answer passes through here.
         if self._beating is not None:
-            await self._beating.wait()
-        self._sending = True
+            return self._pass_on_after(self._beating, data, last=last)
         self._done = self._done or last
         # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
         # put its connection in order (hypercorn starts a timer), which must not be cancelled.
         self._ended = last
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
-        self._sending = False
+        return self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _pass_on_after(self, beating: anyio.Event, data: bytes, *, last: bool) -> None:
+        await beating.wait()
+        await self._pass_on(data, last=last)
 
     def _drop_client(self) -> None:
         """The client does not read its answer: end the exchange. Nothing more can be told to it."""
