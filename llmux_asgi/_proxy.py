@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
 from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
+from .upstream._protocol import running_loop
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ SCOPE_LAST_TRY = "llmux.last_try"
 _ERROR_EVENT: dict[ErrorShape, bytes] = {"openai": b'data: {"error"', "anthropic": b"event: error\n"}
 """What a server sends in a stream that its engine does not go on with."""
 _WATCH_AFTER = 0.05
-"""Seconds from which on the client is watched: whoever leaves earlier is noticed then, and an answer in time costs no task."""
+"""Seconds from which on, or up to twice as many, a client is watched: who leaves earlier is noticed then, and an answer in
+time costs neither a task nor a timer."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
 _HEARTBEAT = b": the model makes way for another one; the answer goes on at its next turn\n\n"
@@ -85,6 +88,7 @@ class Proxy:
         self._write_timeout = write_timeout
         self._relays: set[_Relay] = set()
         """Those that are under way."""
+        self._clients = _Clients()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
@@ -95,10 +99,12 @@ class Proxy:
             target = self.targets[scope[SCOPE_LEASE].model]
             relay = _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout)
             self._relays.add(relay)
+            self._clients.add(relay)
             try:
                 await relay.run(body)
             finally:
                 self._relays.discard(relay)
+                self._clients.discard(relay)
 
     async def aclose(self) -> None:
         """End what is under way, with an error to its clients, and close the connections to the servers."""
@@ -131,6 +137,36 @@ class Target:
         return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry, authorization)
 
 
+class _Clients:
+    """Has the clients of those relays watched that have gone on for a while: one timer for all of them."""
+
+    def __init__(self) -> None:
+        self._unwatched: dict[_Relay, int] = {}
+        """The turn of the timer in which each came, the oldest first."""
+        self._turn = 0
+        self._timer: Later | None = None
+        self._loop: object = None
+
+    def add(self, relay: _Relay) -> None:
+        """Watch its client from some `_WATCH_AFTER` seconds on."""
+        self._unwatched[relay] = self._turn
+        if self._timer is None or self._loop is not running_loop():  # an event loop that has ended runs no timers
+            self._loop = running_loop()
+            self._timer = Later(self._look, _WATCH_AFTER)
+
+    def discard(self, relay: _Relay) -> None:
+        """It is over."""
+        self._unwatched.pop(relay, None)
+
+    async def _look(self) -> None:
+        due = [relay for relay, turn in self._unwatched.items() if turn < self._turn]
+        self._turn += 1
+        for relay in due:
+            del self._unwatched[relay]
+            relay.watch()
+        self._timer = Later(self._look, _WATCH_AFTER) if self._unwatched else None
+
+
 class _Relay:
     """One request on its way."""
 
@@ -144,6 +180,7 @@ class _Relay:
         heartbeat: float,
         write_timeout: float,
     ) -> None:
+        self._context = copy_context()
         self._scope = scope
         self._receive = receive
         self._beside: list[Later] = []
@@ -169,7 +206,6 @@ class _Relay:
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
 
     async def run(self, body: bytes) -> None:
-        self._run_beside(self._watch_client, _WATCH_AFTER)
         try:
             with self._relaying, self._lease.exchange(self._interrupt, self._freeze):
                 while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
@@ -198,8 +234,12 @@ class _Relay:
         """End the exchange; the client is told that its request was interrupted."""
         self._relaying.cancel()
 
-    def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]], delay: float = 0.0) -> None:
-        self._beside.append(Later(function, delay))
+    def watch(self) -> None:
+        """From now on, end it when its client leaves."""
+        self._context.run(self._run_beside, self._watch_client)
+
+    def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._beside.append(Later(function, 0.0))
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

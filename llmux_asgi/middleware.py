@@ -134,6 +134,16 @@ class LLMuxMiddleware:
 class _Responder:
     """One request: its body read ahead, its lease, how far its answer has come."""
 
+    _body: bytes | None = None
+    _named: str | None = None
+    """The model that the body names, if it was looked at."""
+    _replayed = False
+    _waited = 0.0
+    _priority: str | None = None
+    _disconnected = False
+    _lease: Lease | None = None
+    _status = 0
+
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
     ) -> None:
@@ -151,15 +161,6 @@ class _Responder:
         self._send = send
         self._address = address
         self._span = span
-        self._body: bytes | None = None
-        self._named: str | None = None
-        """The model that the body names, if it was looked at."""
-        self._replayed = False
-        self._waited = 0.0
-        self._priority: str | None = None
-        self._disconnected = False
-        self._lease: Lease | None = None
-        self._status = 0
         self._times = RequestTimes() if middleware.request_log is not None else None
         self._grant: Grant | None = scope.get(SCOPE_GRANT)
         """What the client may do; `None`: there is no access control."""
@@ -240,7 +241,8 @@ class _Responder:
         self._waited += lease.waited
         if self._times is not None:
             self._times.admitted(self._waited)
-        self._noted[names.QUEUE_TIME] = self._waited
+        if self._waited:
+            self._noted[names.QUEUE_TIME] = self._waited
         self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: lease.model})
         if lease.switch is not None:
             self._span.add_link(lease.switch)
@@ -280,7 +282,8 @@ class _Responder:
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
         named, streams = read_payload(self._address.route, self._headers, self._body)
-        self._noted[names.GEN_AI_REQUEST_STREAM] = streams
+        if streams:
+            self._noted[names.GEN_AI_REQUEST_STREAM] = True
         if self._times is not None:
             self._times.stream = streams
         self._named = named_model(named)
