@@ -66,7 +66,7 @@ def running_nginx(folder: Path, gateway: str) -> Iterator[str]:
     (folder / "llmux.conf").write_text(text)
     user = "user root;" if os.geteuid() == 0 else ""
     (folder / "nginx.conf").write_text(WRAPPER.format(folder=folder, user=user))
-    command = [nginx(), "-e", "stderr", "-p", folder, "-c", folder / "nginx.conf"]
+    command = [nginx(), "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -155,7 +155,9 @@ def test_the_largest_body_is_the_gateways(client: httpx.Client) -> None:
 
 def test_nginx_waits_longer_than_the_gateway() -> None:
     (stated,) = re.findall(r"proxy_read_timeout (\d+)s;", CONFIGURATION)
-    assert int(stated) > 2 * PolicyConfig().request_timeout
+    wait = PolicyConfig().request_timeout
+    assert wait is not None
+    assert int(stated) > 2 * wait
 
 
 @pytest.mark.parametrize("path", ["/sleep?level=1", "/%73leep", "/v1/../sleep", "//sleep", "/v1/%2e%2e/wake_up", "/metrics"])
