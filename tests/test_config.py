@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from llmux_asgi import (
     json_schema,
     load_config,
 )
+from llmux_asgi._routes import ROUTES
+from llmux_asgi.config._access import CLIENT_PATHS
 
 URL = "http://127.0.0.1:8001"
 MINIMAL = {"models": {"qwen": {"url": URL}}}
@@ -37,6 +40,12 @@ FULL: dict[str, Any] = {
             "costs": {"sleep": 1.5, "wake": 8},
             "priority": "batch",
             "max_waiting": 7,
+            "parameters": {
+                "defaults": {"temperature": 0.7, "stop": None},
+                "forced": {"chat_template_kwargs": {"enable_thinking": False}},
+                "strip": ["seed"],
+                "aliases": {"best": {"forced": {"temperature": 0}}},
+            },
         },
         "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
         "own": {
@@ -84,6 +93,7 @@ FULL: dict[str, Any] = {
     },
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
+    "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
 }
 YAML = """
 models:
@@ -121,9 +131,59 @@ def test_everything_can_be_set() -> None:
     assert config.models["own"].command == ("vllm", "serve", "own", "--port", "{port}")
     assert config.models["qwen"].timeouts.read is None
     assert (config.priorities, config.models["qwen"].priority) == ({"interactive": 30.0, "batch": 0.0}, "batch")
+    assert msgspec.to_builtins(config.models["qwen"].parameters)["strip"] == ("seed",)
     assert (config.models["qwen"].max_waiting, config.limits.max_waiting) == (7, None)
     switcher = ModelSwitcher.from_config(load_config({**FULL, "policy": {}, "memory": {}}))
     assert [switcher.priority(name) for name in ("best", "llama")] == ["batch", None]
+
+
+def test_the_admin_api_can_be_set() -> None:
+    admin = load_config(FULL).admin
+    assert admin is not None
+    assert admin.prefix == "/ops/llmux"
+    assert (admin.keys["ops"].env, admin.keys["site"].file) == ("ADMIN_KEY", "admin-keys")
+    assert load_config({**MINIMAL, "admin": {"keys": {"ops": {"env": "X"}}}}).admin is not None
+    assert load_config(MINIMAL).admin is None
+
+
+@pytest.mark.parametrize(
+    ("admin", "where", "words"),
+    [
+        ({"keys": {}}, "admin.keys", "without a key nobody could use it"),
+        ({}, "admin", "missing required field `keys`"),
+        ({"keys": {"ops": {"env": "X", "file": "y"}}}, "admin.keys.ops.hash", "name one of hash, env, file"),
+        ({"keys": {"ops": {"hash": "swordfish"}}}, "admin.keys.ops.hash", "is not sha256:"),
+        ({"keys": {"ops": {"models": ["m"]}}}, "admin.keys.ops", "unknown field `models`"),
+        ({"keys": ["x"]}, "admin.keys", "expected `object`"),
+        *(
+            ({"keys": {"ops": {"env": "X"}}, "prefix": prefix}, "admin.prefix", words)
+            for prefix, words in (
+                ("admin", "is not a path such as /admin"),
+                ("", "is not a path"),
+                ("/", "is not a path"),
+                ("/admin/", "is not a path"),
+                ("//admin", "is not a path"),
+                ("/a b", "is not a path"),
+                ("/x/../admin", "is not a path"),
+                ("/admin%2f", "is not a path"),
+                ("/v1", "would hide what clients ask for at /v1"),
+                ("/v1/admin", "would hide"),
+                ("/models/admin", "would hide"),
+                ("/metrics", "would hide"),
+            )
+        ),
+    ],
+)
+def test_a_wrong_admin_section_is_refused(admin: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({**MINIMAL, "admin": admin})
+    assert str(caught.value).startswith(f"$.{where}: ")
+    assert words in str(caught.value)
+    assert "swordfish" not in str(caught.value)
+
+
+def test_no_admin_prefix_hides_a_route_of_clients() -> None:
+    assert {route.path.split("/")[1] for route in ROUTES} | {"models", "metrics"} == set(CLIENT_PATHS)
 
 
 def test_preemption_can_be_set() -> None:
@@ -224,6 +284,36 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         ({**MINIMAL, "priorities": {"low": -1}}, "$.priorities[...]: expected `float` >= 0.0"),
         (model(max_waiting=0), "$.models.qwen.max_waiting: expected `int` >= 1"),
+        (
+            model(parameters={"forced": {"model": "x"}}),
+            "$.models.qwen.parameters.forced: 'model' cannot be a parameter: the gateway sets it: use served_name",
+        ),
+        (
+            model(parameters={"strip": ["stream"]}),
+            (
+                "$.models.qwen.parameters.strip: 'stream' cannot be a parameter: "
+                "only the client knows in which form it reads its answer"
+            ),
+        ),
+        (
+            model(parameters={"defaults": {"seed": 1}, "strip": ["seed"]}),
+            "$.models.qwen.parameters.strip: 'seed' is in defaults too: one of them says it all",
+        ),
+        *(
+            (model(parameters={"defaults": {key: 1}}), f"$.models.qwen.parameters.defaults: {key!r} is no name of a parameter")
+            for key in ("  ", "a\nb", 'a"', "a\\", "\udc00")
+        ),
+        *(
+            (
+                model(parameters={"forced": {"a": {"b": [value]}}}),
+                f"$.models.qwen.parameters.forced.a.b[0]: {value!r} is not a value of JSON",
+            )
+            for value in (float("nan"), datetime.date(2026, 1, 1), "\udc00", {1: 2})
+        ),
+        (
+            model(aliases=["x"], parameters={"aliases": {"y": {}}}),
+            "$.models.qwen.parameters.aliases.y: is not one of the model's aliases",
+        ),
         ({**MINIMAL, "limits": {"max_headers": 1023}}, "$.limits.max_headers: expected `int` >= 1024"),
         ({**MINIMAL, "limits": {"body_timeout": 0}}, "$.limits.body_timeout: expected `float` > 0.0"),
         (

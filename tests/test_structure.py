@@ -22,7 +22,7 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config._values", "config._access", "config._models", "_estimates"],
+    ["exceptions", "config._values", "config._access", "config._parameters", "config._models", "_estimates"],
     ["config._load"],
     ["config"],
     ["policy._vocabulary"],
@@ -30,7 +30,7 @@ LAYERS = [
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
     ["policy", "_queue", "_state", "_admission", "_forecast", "_backoff", "telemetry"],
-    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters"],
     [
         "_body",
         "upstream._protocol",

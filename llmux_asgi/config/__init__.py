@@ -44,6 +44,7 @@ from ._models import (
     Task,
     TimeoutsConfig,
 )
+from ._parameters import ModelParametersConfig, ParametersConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -60,6 +61,8 @@ __all__ = [
     "LimitsConfig",
     "MemoryConfig",
     "ModelConfig",
+    "ModelParametersConfig",
+    "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
     "SecretConfig",

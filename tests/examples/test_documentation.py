@@ -127,7 +127,11 @@ def configuration_keys() -> dict[str, str]:
         "MemoryConfig": "memory.",
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
+        "AdminConfig": "admin.",
+        "AdminKeyConfig": "admin.keys.NAME.",
         "SecretConfig": "models.NAME.api_key.",
+        "ModelParametersConfig": "models.NAME.parameters.",
+        "ParametersConfig": "models.NAME.parameters.",  # the same ones by alias
     }
     structs = json_schema()["$defs"]
     assert structs.keys() == prefixes.keys()
