@@ -24,12 +24,14 @@ from .exceptions import (
     BodyTooLargeError,
     BuffersFullError,
     ConfigError,
+    DrainingError,
     EncodedBodyError,
     HeadersTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
     MethodNotAllowedError,
+    OperationError,
     PermissionDeniedError,
     QueueFullError,
     QueueTimeoutError,
@@ -46,7 +48,7 @@ _ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'
 
 _ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
 
-__all__ = ["ErrorAnswer", "describe", "describe_to_operators", "error_event", "headers_before_the_body"]
+__all__ = ["ErrorAnswer", "describe", "describe_to_operators", "error_event", "for_clients", "headers_before_the_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def describe_to_operators(exc: LLMuxError) -> ErrorAnswer:
 
 
 def _answer(facts: _Facts, exc: LLMuxError, shape: ErrorShape) -> ErrorAnswer:
-    message = _for_clients(str(exc))
+    message = for_clients(str(exc))
     if shape == "anthropic":
         content: object = {"type": "error", "error": {"type": _anthropic_type(facts.status), "message": message}}
     else:
@@ -116,7 +118,7 @@ def error_event(exc: LLMuxError, shape: ErrorShape = "openai") -> bytes:
     return name + b"data: " + describe(exc, shape).body + b"\n\n"
 
 
-def _for_clients(message: str) -> str:
+def for_clients(message: str) -> str:
     """Leave out what is for the log only: addresses of servers, and lines that a process wrote."""
     first, cut, _ = message.partition("\n")
     if cut:
@@ -173,6 +175,10 @@ def _facts_of(exc: LLMuxError) -> _Facts:
             return _Facts(504, "server_error", "model_queue_timeout", retry_after=exc.retry_after)
         case SwitchError():
             return _Facts(503, "server_error", "model_switch_failed", retry_after=exc.retry_after)
+        case DrainingError():
+            return _Facts(503, "server_error", "gateway_draining", retry_after=exc.retry_after)
+        case OperationError():
+            return _Facts(409, "invalid_request_error", "operation_not_possible")
         case InterruptedRequestError():
             return _Facts(503, "server_error", "request_interrupted", retry_after=exc.retry_after)
         case UpstreamError():
@@ -187,6 +193,7 @@ _ANTHROPIC_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    409: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
