@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, cast, overload
 
 import msgspec
 
@@ -192,7 +192,7 @@ def _models(config: Config, seen: SwitcherStatistics) -> tuple[ModelStatus, ...]
                 aliases=model.aliases,
                 server="hooks" if model.hooks is not None else model.server,
                 managed=model.command is not None,
-                state=seen.servers[name],
+                state=cast("ServerState", seen.servers[name]),
                 active=name == _active(seen),
                 pinned=name == seen.pinned,
                 sleep_level=model.sleep_level or config.policy.sleep_level,

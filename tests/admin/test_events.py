@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
-from llmux_asgi._journal import Journal
 
-from llmux_asgi.admin import _events
+from llmux_asgi._journal import Journal
+from llmux_asgi.admin import Status, _events
+from llmux_asgi.admin._status import status_of
 from tests.admin.stage import LIMIT, Client, Stage, events_of
 
 pytestmark = pytest.mark.anyio
@@ -94,12 +97,11 @@ async def test_the_status_comes_when_it_has_changed_and_not_else(quick: None, mo
     stage = Stage()
     await stage.switcher.wake("a")
     looked = 0
-    real = _events.status_of
 
-    def counted(gateway: _events.Gateway) -> _events.Status:
+    def counted(gateway: Any) -> Status:
         nonlocal looked
         looked += 1
-        return real(gateway)
+        return status_of(gateway)
 
     monkeypatch.setattr(_events, "status_of", counted)
     async with stage.connected("GET", "/api/events") as client:
