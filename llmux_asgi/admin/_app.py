@@ -17,7 +17,6 @@ from ..access import KeyRing, find_credential
 from ..config import AdminConfig
 from ..exceptions import (
     AuthenticationError,
-    BodyTooLargeError,
     InvalidRequestError,
     LLMuxError,
     MethodNotAllowedError,
@@ -123,19 +122,11 @@ class AdminApp:
         return identity.name
 
     async def _drop_body(self, scope: Scope, receive: Receive) -> None:
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > _LARGEST_BODY:
-                raise BodyTooLargeError(_LARGEST_BODY)
-        upload, size, more = Upload(self._intake, receive), 0, True
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        upload = Upload(self._intake, receive)
         try:
-            while more:
-                message = await upload.receive()
-                if message["type"] == "http.disconnect":
-                    raise InvalidRequestError("The client left before its request was complete.")
-                more = message.get("more_body", False)
-                size += len(message.get("body", b""))
-                if size > _LARGEST_BODY:
-                    raise BodyTooLargeError(_LARGEST_BODY)
+            if await upload.read(_LARGEST_BODY, announced) is None:
+                raise InvalidRequestError("The client left before its request was complete.")
         finally:
             upload.close()
 
