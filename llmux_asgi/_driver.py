@@ -15,7 +15,7 @@ import anyio
 from opentelemetry import trace
 from opentelemetry.context import Context
 
-from . import telemetry as names
+from . import _names as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._estimates import Estimates
@@ -203,11 +203,12 @@ class Driver:
         parent = waiters[0].context if waiters else Context()
         links = [waiter.span.get_span_context() for waiter in waiters]
         with self._telemetry.switch(parent, links, attributes) as span:
+            error: Exception | None = None
             try:
                 with only_own_cancellation():
                     switched = await self._prepare(origin, to) and await self._execute(origin, to)
             except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
-                outcome = "failed"
+                outcome, error = "failed", exc
                 failed(span, exc)
                 self._link_newcomers(span, waiters, to)
                 await self._recover(origin, to, exc, span.get_span_context())
@@ -223,10 +224,7 @@ class Driver:
                     self._save_estimates()
                 self._freeze_limit = None
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
-            self._telemetry.switch_duration.record(
-                self._clock() - begun,
-                {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to, names.SWITCH_OUTCOME: outcome},
-            )
+            self._telemetry.switched(origin, to, outcome, self._clock() - begun, error)
 
     def _link_newcomers(self, span: Span, linked: list[Waiter | Lease], to: str) -> None:
         for waiter in set(cast("tuple[Waiter, ...]", self._state.waiters(to))).difference(linked):
@@ -270,7 +268,7 @@ class Driver:
 
     async def _cool_down(self, origin: str | None) -> None:
         if origin is not None:
-            with self._telemetry.phase("cooldown"):
+            with self._telemetry.phase("cooldown", origin):
                 rest = self._state.active_since + self._policy.min_active_duration - self._clock()
                 if rest > 0:
                     await anyio.sleep(rest)
@@ -292,7 +290,7 @@ class Driver:
 
         self._room.drained = anyio.Event()
         context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait, preempt)
-        with self._telemetry.phase("drain", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
+        with self._telemetry.phase("drain", origin or "", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
             try:
                 with only_own_cancellation():
                     await self._policy.prepare_switch(context)

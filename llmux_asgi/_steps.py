@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import telemetry as names
+from . import _names as names
 from ._estimates import Estimates
 from ._servers import Servers
 from ._state import SwitcherState
@@ -70,7 +70,7 @@ class Steps:
             if model == origin:
                 before_origin()
             level = self._sleep_level(model)
-            with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
+            with self._telemetry.phase("sleep", model, {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
                 begun, sound = self._clock(), self._servers.is_sound(model)
                 kept = (keep and model == origin) or self._state.frozen(model) > 0
                 if await self._servers.sleep(model, level, keep=kept) and sound:
@@ -112,10 +112,10 @@ class Steps:
         self._state.wake_up()
         level = self.wake_level(to)
         begun, sleeps = self._clock(), self._servers.is_sound(to) and not self._servers.says_awake(to)
-        with self._telemetry.phase("wake", {names.MODEL: to}):
+        with self._telemetry.phase("wake", to, {names.MODEL: to}):
             await self._servers.wake(to)
         self._state.ready()
-        with self._telemetry.phase("ready", {names.MODEL: to}):
+        with self._telemetry.phase("ready", to, {names.MODEL: to}):
             await self._servers.ready(to)
         if sleeps:
             self._estimates.wake_took(to, level, self._clock() - begun)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -116,6 +117,8 @@ class ModelSwitcher:
             self._estimates,
             self._save_estimates,
         )
+        reference = weakref.ref(self)
+        self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0
         """How many calls of `aclose` are under way."""
 
