@@ -8,10 +8,8 @@
     ├── wake                      the target is woken
     └── ready                     until the target takes requests
 
-Attributes follow the GenAI and HTTP semantic conventions where those have a name; the rest starts with `llmux.`. No metric of
-those conventions fits: `gen_ai.server.time_to_first_token` is measured in the server that generates, and
-`gen_ai.client.operation.time_to_first_chunk` from when a request is issued to it, while a gateway's clients wait from before
-that; `http.server.request.duration` is recorded by the host's own instrumentation, if it has one.
+Attributes follow the GenAI and HTTP semantic conventions where those have a name; the rest starts with `llmux.`. Why no metric
+of those conventions is among the metrics is told in docs/metrics.md.
 Durations are in seconds. Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/
 """
 
@@ -48,7 +46,6 @@ SWITCH_FROZEN = "llmux.switch.frozen"
 SWITCH_OUTCOME = "llmux.switch.outcome"
 SWITCH_PHASE = "llmux.switch.phase"
 SERVER_STATE = "llmux.server.state"
-SHARE = "llmux.pool.share"
 STREAMED = "llmux.streamed"
 
 METRIC_SWITCH_DURATION = "llmux.switch.duration"
@@ -56,7 +53,6 @@ METRIC_PHASE_DURATION = "llmux.switch.phase.duration"
 METRIC_SWITCH_FAILURES = "llmux.switch.failures"
 METRIC_ESTIMATE = "llmux.switch.estimate"
 METRIC_QUEUE_TIME = "llmux.queue.time"
-METRIC_QUEUE_OLDEST = "llmux.queue.oldest"
 METRIC_REQUESTS = "llmux.requests"
 METRIC_REQUEST_FAILURES = "llmux.request.failures"
 METRIC_FIRST_BYTE = "llmux.request.time_to_first_byte"
@@ -64,7 +60,6 @@ METRIC_IN_FLIGHT = "llmux.request.in_flight"
 METRIC_WAITING = "llmux.request.waiting"
 METRIC_FROZEN = "llmux.request.frozen"
 METRIC_SERVER_STATE = "llmux.server.state"
-METRIC_POOL_TIME = "llmux.pool.time"
 
 OPERATIONS = {
     "/v1/chat/completions": "chat",

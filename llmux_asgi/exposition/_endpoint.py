@@ -72,8 +72,10 @@ class MetricsEndpoint:
         families = list(self._registry.collect())
         wanted = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("backends") != ["0"]
         answers = await self._scraper.scrape() if self._scraper is not None and wanted else None
-        accept = b",".join(value for name, value in scope["headers"] if name == b"accept").decode("latin-1")
-        encode, content_type = choose_encoder(accept)
+        # Servers write the plain format, and not all that it allows is allowed in OpenMetrics, whose encoder moreover writes
+        # the colons of vLLM's names as underscores.
+        accept = b",".join(value for name, value in scope["headers"] if name == b"accept") if answers is None else b""
+        encode, content_type = choose_encoder(accept.decode("latin-1"))
 
         def render() -> bytes:
             return encode(_Families([*families, *(merged(answers) if answers is not None else ())]))
