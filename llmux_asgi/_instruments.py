@@ -89,6 +89,13 @@ METRICS = (
         "Requests that a switch has stopped in the middle and that go on at their model's next turn.",
     ),
     Metric(
+        names.METRIC_QUEUE_OLDEST,
+        "gauge",
+        "s",
+        (names.MODEL,),
+        "Time that the first of those who wait for a model has waited; 0 if nobody waits.",
+    ),
+    Metric(
         names.METRIC_SERVER_STATE,
         "up-down counter",
         "1",
@@ -101,6 +108,13 @@ METRICS = (
         "s",
         (names.MODEL, names.SWITCH_PHASE),
         "What putting a model to sleep and waking it is estimated to take.",
+    ),
+    Metric(
+        names.METRIC_POOL_TIME,
+        "counter",
+        "s",
+        (names.SHARE,),
+        "Time since the gateway's start, by how it was spent.",
     ),
 )
 
@@ -134,7 +148,9 @@ class Instruments:
             names.METRIC_IN_FLIGHT: _in_flight,
             names.METRIC_WAITING: _waiting,
             names.METRIC_FROZEN: _frozen,
+            names.METRIC_QUEUE_OLDEST: _oldest_waits,
             names.METRIC_SERVER_STATE: _server_states,
+            names.METRIC_POOL_TIME: _shares,
             names.METRIC_ESTIMATE: _estimates,
         }
         create = {
@@ -197,6 +213,18 @@ def _frozen(books: Books) -> Iterator[Observation]:
     if statistics := books.statistics():
         for model, count in statistics.frozen.items():
             yield Observation(count, {names.MODEL: model})
+
+
+def _oldest_waits(books: Books) -> Iterator[Observation]:
+    if statistics := books.statistics():
+        for model in statistics.waiting:
+            yield Observation(statistics.oldest_waits.get(model, 0.0), {names.MODEL: model})
+
+
+def _shares(books: Books) -> Iterator[Observation]:
+    if statistics := books.statistics():
+        for share, seconds in statistics.shares.items():
+            yield Observation(seconds, {names.SHARE: share})
 
 
 def _server_states(books: Books) -> Iterator[Observation]:

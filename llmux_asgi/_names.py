@@ -46,6 +46,7 @@ SWITCH_FROZEN = "llmux.switch.frozen"
 SWITCH_OUTCOME = "llmux.switch.outcome"
 SWITCH_PHASE = "llmux.switch.phase"
 SERVER_STATE = "llmux.server.state"
+SHARE = "llmux.pool.share"
 STREAMED = "llmux.streamed"
 
 METRIC_SWITCH_DURATION = "llmux.switch.duration"
@@ -53,6 +54,7 @@ METRIC_PHASE_DURATION = "llmux.switch.phase.duration"
 METRIC_SWITCH_FAILURES = "llmux.switch.failures"
 METRIC_ESTIMATE = "llmux.switch.estimate"
 METRIC_QUEUE_TIME = "llmux.queue.time"
+METRIC_QUEUE_OLDEST = "llmux.queue.oldest"
 METRIC_REQUESTS = "llmux.requests"
 METRIC_REQUEST_FAILURES = "llmux.request.failures"
 METRIC_FIRST_BYTE = "llmux.request.time_to_first_byte"
@@ -60,6 +62,7 @@ METRIC_IN_FLIGHT = "llmux.request.in_flight"
 METRIC_WAITING = "llmux.request.waiting"
 METRIC_FROZEN = "llmux.request.frozen"
 METRIC_SERVER_STATE = "llmux.server.state"
+METRIC_POOL_TIME = "llmux.pool.time"
 
 OPERATIONS = {
     "/v1/chat/completions": "chat",

@@ -158,6 +158,11 @@ class Telemetry:
         for each in self._instruments:
             each.first_byte.record(seconds, {names.MODEL: model, names.STREAMED: streamed})
 
+    def phase_took(self, name: str, model: str, seconds: float) -> None:
+        """Note a phase of a switch that is over, and the model that it was about."""
+        for each in self._instruments:
+            each.phase_duration.record(seconds, {names.SWITCH_PHASE: name, names.MODEL: model})
+
     def switched(
         self, origin: str | None, to: str | None, outcome: str, seconds: float, exc: BaseException | None = None
     ) -> None:
@@ -177,15 +182,10 @@ class Telemetry:
             yield span
 
     @contextmanager
-    def phase(self, name: str, model: str, attributes: Attributes = None) -> Iterator[Span]:
-        """Open the span of one phase of the current switch, and note how long it takes if it is about a `model`."""
-        begun = time.monotonic()
-        try:
-            with self._tracer.start_as_current_span(name, attributes=attributes) as span:
-                yield span
-        finally:
-            for each in self._instruments if model else ():
-                each.phase_duration.record(time.monotonic() - begun, {names.SWITCH_PHASE: name, names.MODEL: model})
+    def phase(self, name: str, attributes: Attributes = None) -> Iterator[Span]:
+        """Open the span of one phase of the current switch."""
+        with self._tracer.start_as_current_span(name, attributes=attributes) as span:
+            yield span
 
     def _look(self) -> None:
         """See whether the application has set global providers meanwhile."""

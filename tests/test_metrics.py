@@ -59,6 +59,7 @@ async def test_a_switch_its_requests_and_its_failure_are_in_every_instrument_wit
     assert {metric.name for metric in METRICS} == found.keys()
     assert found["llmux.switch.duration"] == {("a", "b", "completed"): 1, ("b", "c", "failed"): 1}
     assert found["llmux.switch.failures"] == {("c", "BackendError"): 1}
+    assert found["llmux.pool.time"].keys() == {("serving",), ("switching",), ("idle",)}
     phases = found["llmux.switch.phase.duration"]
     assert phases == {
         **{(phase, "a"): 1 for phase in ("cooldown", "drain", "sleep")},
@@ -87,6 +88,8 @@ async def test_what_runs_and_what_waits_is_read_when_it_is_collected() -> None:
         first.finish.set()
     assert found["llmux.request.in_flight"] == {("a",): 1, ("b",): 0, ("c",): 0}
     assert found["llmux.request.waiting"] == {("a",): 0, ("b",): 1, ("c",): 0}
+    oldest = found["llmux.queue.oldest"]
+    assert oldest["b",] >= oldest["a",] == 0.0
     assert found["llmux.request.frozen"] == {("a",): 0, ("b",): 0, ("c",): 0}
 
 
