@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import time
@@ -22,14 +21,13 @@ from ._lease import Lease
 from ._openai import PRIORITY_HEADER, Headers, is_event_stream
 from ._parameters import Parameters
 from ._payload import read_payload
-from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
+from ._proxy import SCOPE_ADDRESS, SCOPE_BODY, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
 from .config import ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
-    BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
@@ -141,6 +139,20 @@ class LLMuxMiddleware:
 class _Responder:
     """One request: its body read ahead, its lease, how far its answer has come."""
 
+    _body: bytes | None = None
+    _named: str | None = None
+    """The model that the body names, if it was looked at."""
+    _replayed = False
+    _waited = 0.0
+    _priority: str | None = None
+    _disconnected = False
+    _lease: Lease | None = None
+    _status = 0
+    _refused = False
+    """Whether the answer is an error of the gateway's own."""
+    _streamed = False
+    """Whether the answer is a stream of events; known if its first byte is waited for."""
+
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
     ) -> None:
@@ -158,16 +170,6 @@ class _Responder:
         self._send = self._until_first_byte(send) if middleware.switcher.telemetry.is_measured else send
         self._address = address
         self._span = span
-        self._body: bytes | None = None
-        self._named: str | None = None
-        """The model that the body names, if it was looked at."""
-        self._replayed = False
-        self._waited = 0.0
-        self._priority: str | None = None
-        self._disconnected = False
-        self._lease: Lease | None = None
-        self._status = 0
-        self._refused = self._streamed = False
         self._times = RequestTimes() if middleware.request_log is not None else None
         self._grant: Grant | None = scope.get(SCOPE_GRANT)
         """What the client may do; `None`: there is no access control."""
@@ -225,37 +227,39 @@ class _Responder:
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
-        try:
-            await self._attempt(model, last=False)
-        except (InterruptedRequestError, UpstreamError) as exc:
-            if self._status or not exc.may_retry:
-                raise
-            logger.warning("%s The request is sent once more.", exc)
-            self._span.record_exception(exc)
-            self._replayed = False
-            await self._attempt(model, last=True)
+        ours = {SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, "headers": self._headers}
+        last = False
+        while True:
+            lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
+            if lease is None:
+                return
+            self._lease = lease
+            try:
+                self._admitted(lease)
+                scope = {**self._scope, **ours, SCOPE_LEASE: lease, SCOPE_LAST_TRY: last, SCOPE_BODY: self._body}
+                await self._middleware.app(scope, self._replay, self._watch_answer)
+                return
+            except (InterruptedRequestError, UpstreamError) as exc:
+                if last or self._status or not exc.may_retry:
+                    raise
+                logger.warning("%s The request is sent once more.", exc)
+                self._span.record_exception(exc)
+                self._replayed, last = False, True
+            finally:
+                lease.release()
 
-    async def _attempt(self, model: str, *, last: bool) -> None:
-        lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
-        if lease is None:
-            return
-        self._lease = lease
-        try:
-            self._waited += lease.waited
-            if self._times is not None:
-                self._times.admitted(self._waited)
+    def _admitted(self, lease: Lease) -> None:
+        self._waited += lease.waited
+        if self._times is not None:
+            self._times.admitted(self._waited)
+        if self._waited:
             self._noted[names.QUEUE_TIME] = self._waited
-            if lease.waited:
-                self._switcher.telemetry.queued(lease.model, lease.waited)
-            if lease.switch is not None:
-                self._span.add_link(lease.switch)
-            if self._grant is not None:
-                self._grant.reach()
-            ours = {SCOPE_LEASE: lease, SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, SCOPE_LAST_TRY: last}
-            scope = {**self._scope, "headers": self._headers, **ours}
-            await self._middleware.app(scope, self._replay, self._watch_answer)
-        finally:
-            lease.release()
+        if lease.waited:
+            self._switcher.telemetry.queued(lease.model, lease.waited)
+        if lease.switch is not None:
+            self._span.add_link(lease.switch)
+        if self._grant is not None:
+            self._grant.reach()
 
     async def _wait_for_lease(self, model: str) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
@@ -283,12 +287,15 @@ class _Responder:
     async def _find_name(self) -> str:
         self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
-        if not await self._read_body():
+        self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
+        if self._body is None:
+            self._note_disconnect()
             return ""
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
-        named, streams = read_payload(self._address.route, self._headers, self._body or b"")
-        self._noted[names.GEN_AI_REQUEST_STREAM] = streams
+        named, streams = read_payload(self._address.route, self._headers, self._body)
+        if streams:
+            self._noted[names.GEN_AI_REQUEST_STREAM] = True
         if self._times is not None:
             self._times.stream = streams
         self._named = named_model(named)
@@ -305,34 +312,6 @@ class _Responder:
     def _field(self, name: bytes) -> str | None:
         value = self._fields.get(name)
         return None if value is None else value.decode("latin-1")
-
-    async def _read_body(self) -> bool:
-        """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
-        limit = self._middleware.max_body
-        announced = self._fields.get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > limit:
-            raise BodyTooLargeError(limit)
-        whole: io.BytesIO | None = None
-        size = 0
-        while True:
-            message = await self._upload.receive()
-            if message["type"] == "http.disconnect":
-                self._note_disconnect()
-                return False
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise BodyTooLargeError(limit)
-            last = not message.get("more_body", False)
-            if whole is None and last:
-                self._body = part
-                return True
-            # Grows in place, and gives what it holds without a copy: joining the parts would hold everything twice.
-            whole = whole or io.BytesIO()
-            whole.write(part)
-            if last:
-                self._body = whole.getvalue()
-                return True
 
     async def _watch_client(self, waiting: anyio.CancelScope) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -355,16 +334,20 @@ class _Responder:
             self._upload.close()
         return message
 
-    async def _watch_answer(self, message: Message) -> None:
+    def _watch_answer(self, message: Message) -> Awaitable[None]:
+        # Not a coroutine of its own: every message passes through here.
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._body, self._fields = None, {}  # they are not needed any more
             self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
-        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last:
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._upload.close()  # not after it: some servers never return from a `send` to a client that has gone
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
         await self._send(message)
-        if is_last and self._lease is not None:
+        if self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
             if self._times is not None:

@@ -217,7 +217,7 @@ class ModelSwitcher:
 
         Raises `InvalidRequestError` if there is no class `priority`.
         """
-        name = self.resolve(model)
+        name = self._names.get(model)
         if name is None or self._refusing:
             return None
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
