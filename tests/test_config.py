@@ -94,6 +94,7 @@ FULL: dict[str, Any] = {
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
     "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
+    "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
 YAML = """
 models:
@@ -169,7 +170,6 @@ def test_the_admin_api_can_be_set() -> None:
                 ("/v1", "would hide what clients ask for at /v1"),
                 ("/v1/admin", "would hide"),
                 ("/models/admin", "would hide"),
-                ("/metrics", "would hide"),
             )
         ),
     ],
@@ -183,7 +183,14 @@ def test_a_wrong_admin_section_is_refused(admin: dict[str, Any], where: str, wor
 
 
 def test_no_admin_prefix_hides_a_route_of_clients() -> None:
-    assert {route.path.split("/")[1] for route in ROUTES} | {"models", "metrics"} == set(CLIENT_PATHS)
+    assert {route.path.split("/")[1] for route in ROUTES} | {"models"} == set(CLIENT_PATHS)
+
+
+def test_no_admin_prefix_hides_the_metrics() -> None:
+    source = {**MINIMAL, "admin": {"keys": {"ops": {"env": "X"}}, "prefix": "/own"}, "metrics": {"path": "/own/metrics"}}
+    with pytest.raises(ConfigError, match=r"\$\.admin\.prefix: '/own' would hide the metrics at /own/metrics"):
+        load_config(source)
+    load_config({**source, "metrics": {"path": "/owner"}})
 
 
 def test_preemption_can_be_set() -> None:

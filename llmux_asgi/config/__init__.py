@@ -30,6 +30,7 @@ from ._access import (
     read_secret,
 )
 from ._load import ConfigSource, json_schema, load_config, load_keys
+from ._metrics import MetricsConfig
 from ._models import (
     POLICY_PARAMETERS,
     Config,
@@ -60,6 +61,7 @@ __all__ = [
     "KeySource",
     "LimitsConfig",
     "MemoryConfig",
+    "MetricsConfig",
     "ModelConfig",
     "ModelParametersConfig",
     "ParametersConfig",

@@ -105,19 +105,8 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             raise ValueConfigError("prefix", f"{self.prefix!r} would hide what clients ask for at /{segments[1]}")
 
 
-CLIENT_PATHS = (
-    "classify",
-    "detokenize",
-    "metrics",
-    "models",
-    "pooling",
-    "rerank",
-    "score",
-    "tokenize",
-    "v1",
-    "v2",
-)
-"""What the paths that are not the admin API's begin with."""
+CLIENT_PATHS = ("classify", "detokenize", "models", "pooling", "rerank", "score", "tokenize", "v1", "v2")
+"""What the paths begin with that clients ask for."""
 
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
