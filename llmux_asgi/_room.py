@@ -70,8 +70,9 @@ class WaitingRoom:
             self.changed.set()
 
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
-        """Tell everybody who waits for `model` the error that the function makes."""
-        self._refuse_queue(model, error)
+        """Tell everybody who waits for a turn of `model` the error that the function makes."""
+        if not self.state.is_shut(model):
+            self._refuse_queue(model, error)
         if activation := self.frozen.pop(model, None):
             activation.end(error)
         self._nobody_waits(model)
@@ -79,7 +80,8 @@ class WaitingRoom:
     def refuse_queues(self, reason: str) -> None:
         """Tell everybody in a queue that the switch failed, and why. Frozen requests go on waiting."""
         for model in self.state.waiting_models():
-            self._refuse_queue(model, partial(SwitchError, model, reason))
+            if not self.state.is_shut(model):
+                self._refuse_queue(model, partial(SwitchError, model, reason))
             if not self.state.depth(model):
                 self._nobody_waits(model)
 
@@ -88,11 +90,22 @@ class WaitingRoom:
         for model in self.state.waiting_models():
             self.refuse(model, partial(SwitchError, model, reason))
 
+    def close(self, reason: str) -> None:
+        """As `refuse_all`; those who wait for a new server too."""
+        self.refuse_all(reason)
+        for model in self.state.models:
+            self._refuse_queue(model, partial(SwitchError, model, reason))
+
     def _refuse_queue(self, model: str, error: Callable[[], LLMuxError]) -> None:
         for ticket in self.state.refuse(model):
             waiter = cast("Waiter", ticket)
             waiter.error = error
             waiter.event.set()
+
+    def has_shut(self, model: str) -> None:
+        """`model` was shut: those in its queue want no turn any more."""
+        if not self.state.depth(model):
+            self._nobody_waits(model)
 
     def _nobody_waits(self, model: str) -> None:
         self.drop_deferral(model)

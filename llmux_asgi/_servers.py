@@ -50,6 +50,43 @@ class Servers:
         """The models' names, in the order of the configuration."""
         return tuple(self._backends)
 
+    def add(self, model: str, backend: Backend) -> None:
+        """Have one more server, of which nothing is known yet."""
+        self._backends[model] = backend
+        self._unconfirmed[model] = _Steps.NONE
+
+    def remove(self, model: str) -> Backend:
+        """Forget a server that `leave` has returned for. Whoever calls this closes it."""
+        self._known.pop(model, None)
+        del self._unconfirmed[model]
+        self._vanished.discard(model)
+        if self._memory is not None:
+            self._memory.forget(model)
+        return self._backends.pop(model)
+
+    async def leave(self, model: str, level: int) -> None:
+        """Return once `model`, which is not active, is confirmed out of memory; put it to sleep if it is not.
+
+        Its process is ended if it is the gateway's own. Raises `BackendError` if it cannot be confirmed.
+        """
+        backend = self._backends[model]
+        if isinstance(backend, StoppableBackend):
+            await backend.stop()
+            self._learn(model, BackendState.STOPPED)
+            await self._confirm_freed(model)
+        else:
+            asleep = self.says_asleep(model) and self.is_sound(model)
+            try:
+                await self.look(model)
+            except BackendError as exc:
+                if not asleep:
+                    raise
+                self._known[model] = BackendState.ASLEEP
+                logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
+            if self.says_awake(model) or not self.is_sound(model):
+                await self.sleep(model, level)
+        await self.confirm_vanished()
+
     def says_awake(self, model: str) -> bool:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE

@@ -25,16 +25,19 @@ from ._estimates_file import EstimatesFile
 from ._forecast import next_turn_in
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
+from ._reload import Plan, Settings, build_servers, plan, require_freezing
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
-from .backends import Backend, BackendState, build_backend, with_ports
-from .config import Config
+from ._turnover import Turnover
+from .backends import Backend, BackendState, TunableBackend, with_ports
+from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
     BackendUnreachableError,
+    ConfigError,
     LLMuxError,
     QueueTimeoutError,
     SwitchError,
@@ -87,7 +90,8 @@ class ModelSwitcher:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
         self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
-        self._names = {**(aliases or {}), **{model: model for model in backends}}
+        self._models = tuple(backends)
+        self._names: Mapping[str, str] = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
@@ -116,6 +120,13 @@ class ModelSwitcher:
             self._estimates,
             self._save_estimates,
         )
+        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self._has_settled)
+        self.config: Config | None = None
+        """The configuration that it goes by, with the ports that were chosen; `None`: it was built from backends."""
+        self._given: Config | None = None
+        self._keeps_policy = True
+        self.settled: Callable[[str], None] = lambda model: None
+        """Called when a model has its new server after a reload, or is gone."""
         self._closers = 0
         """How many calls of `aclose` are under way."""
 
@@ -132,43 +143,35 @@ class ModelSwitcher:
 
         `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
         """
-        config = with_ports(config)
+        given, config = config, with_ports(config)
         if memory is None and config.memory.check == "nvml":
             memory = NvmlGauge(config.memory.device)
-        levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
+        keeps_policy = policy is not None
         if policy is None:
             policy = build_policy(config.policy)
-        return cls(
-            {
-                name: build_backend(
-                    name, model, sleep_level=levels.get(name, policy.sleep_level), freezes=config.policy.drain == "preempt"
-                )
-                for name, model in config.models.items()
-            },
+        servers = build_servers(config, policy)
+        settings = Settings.of(config)
+        switcher = cls(
+            {name: server.backend for name, server in servers.items()},
             policy,
-            aliases=config.aliases,
-            sleep_levels=levels,
-            request_timeouts={
-                name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
-            },
+            sleep_levels=settings.sleep_levels,
             memory=memory,
             memory_settle=config.memory.settle,
             costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
             estimates=config.policy.estimates,
-            priorities=config.priorities,
-            default_priorities={name: model.priority for name, model in config.models.items() if model.priority is not None},
-            max_waiting=config.limits.max_waiting,
-            queue_limits={name: model.max_waiting for name, model in config.models.items() if model.max_waiting is not None},
-            backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
+        switcher.config, switcher._given, switcher._keeps_policy = config, given, keeps_policy
+        switcher._turnover.present.update(servers)
+        switcher._go_by(settings)
+        return switcher
 
     # Leases
 
     @property
     def models(self) -> tuple[str, ...]:
         """The names of the models, in the order of the configuration."""
-        return self._servers.models
+        return self._models
 
     def resolve(self, name: str) -> str | None:
         """Return the model that `name` (a model's name or an alias) stands for, `None` if there is none."""
@@ -228,6 +231,8 @@ class ModelSwitcher:
         waiter = Waiter(name, self._clock(), head_start)
         self._state.enqueue(waiter)
         self._driver.wake()
+        if self._state.is_shut(name):
+            self._turnover.wake()
         try:
             with anyio.move_on_after(timeout):
                 await waiter.event.wait()
@@ -239,7 +244,7 @@ class ModelSwitcher:
             return Lease(self, waiter.activation or self._room.activation, name, waited, waiter.switch, head_start)
         if waiter.error is not None:
             raise waiter.error()
-        reason, pause = self._state.describe(), self._next_turn_in(name)
+        reason, pause = self._turnover.describe(name) or self._state.describe(), self._next_turn_in(name)
         self._room.withdraw(waiter)
         raise QueueTimeoutError(name, waited, reason, retry_after=pause)
 
@@ -250,16 +255,94 @@ class ModelSwitcher:
     @property
     def max_frozen(self) -> float:
         """The longest time in seconds that a request may be frozen; 0.0 if the policy does not preempt."""
-        policy = self._policy
+        return self.max_frozen_with(None)
+
+    def max_frozen_with(self, policy: SwitchPolicy | None) -> float:
+        """The same for another policy; `None`: the present one."""
+        policy = policy or self._policy
         return policy.max_frozen if isinstance(policy, DrainingPolicy) and policy.drain == "preempt" else 0.0
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
+        models = self._state.models
         return replace(
             self._state.snapshot(),
-            servers=MappingProxyType(self._servers.states()),
-            costs=MappingProxyType({model: self._estimates.of(model, self._sleep_level(model)) for model in self.models}),
+            servers=MappingProxyType(dict.fromkeys(models, "unknown") | self._servers.states()),
+            costs=MappingProxyType({model: self._estimates.of(model, self._sleep_level(model)) for model in models}),
+            unsettled=self._turnover.unsettled,
         )
+
+    # Another configuration
+
+    async def reload(self, config: ConfigSource) -> ReloadReport:
+        """Go by another configuration from now on, without losing a request. Returns what has changed.
+
+        Raises `ConfigError` if it cannot be used, or not without a restart, and `BackendUnsupportedError` if it has `drain:
+        preempt` and a server that answers cannot freeze its requests: nothing has changed then. Servers that are replaced or
+        removed are put to sleep when their requests are over, after this has returned.
+        """
+        plan = self.plan(load_config(config))
+        await self.check_plan(plan)
+        return self.adopt(plan)
+
+    def plan(self, given: Config) -> Plan:
+        """Prepare for another configuration, and change nothing yet. Raises `ConfigError`."""
+        if self.config is None or self._given is None:
+            raise ConfigError("$: the switcher was built from backends, and not from a configuration that could be replaced")
+        config, turnover = with_ports(given, self.config), self._turnover
+        return plan(self._given, given, config, self._policy, turnover.present, turnover.next, keep_policy=self._keeps_policy)
+
+    async def check_plan(self, plan: Plan) -> None:
+        """Raise `BackendUnsupportedError` if a server of `plan` should freeze requests and cannot; others are not asked."""
+        if plan.config.policy.drain == "preempt" and (plan.built or "policy" in plan.report.settings):
+            await require_freezing(plan)
+
+    def adopt(self, plan: Plan) -> ReloadReport:
+        """Go by a prepared configuration from now on. Does not wait and does not fail."""
+        before = self.config
+        levels = {model: self._sleep_level(model) for model in self._state.models}
+        self.config, self._given = plan.config, plan.given
+        self._models = tuple(plan.config.models)
+        if plan.policy is not None:
+            self._policy = plan.policy
+            self._driver.use(plan.policy)
+        self._go_by(Settings.of(plan.config))
+        self._turnover.want(plan.servers)
+        unsettled = self._turnover.unsettled
+        # What is put to sleep is the old server, and it may not know the new level.
+        self._sleep_levels |= {model: levels[model] for model in unsettled if model in levels}
+        for name, model in plan.config.models.items():
+            if name in unsettled:
+                continue
+            backend = plan.servers[name].backend
+            if isinstance(backend, TunableBackend):
+                backend.retune(model.timeouts, freezes=plan.config.policy.drain == "preempt")
+            level = self._sleep_level(name)
+            old = before.models.get(name) if before is not None else None
+            if old is None or model.costs != old.costs or self._estimates.of(name, level) == ModelCosts():
+                self._estimates.seed(name, level, ModelCosts(model.costs.sleep, model.costs.wake))
+        self._room.changed.set()
+        return plan.report
+
+    def _go_by(self, settings: Settings) -> None:
+        self._names = settings.names
+        self._sleep_levels = dict(settings.sleep_levels)
+        self._request_timeouts = dict(settings.request_timeouts)
+        self._priorities, self._limits = settings.priorities, settings.limits
+        self._backoff.set_pauses(*settings.backoff)
+
+    def _has_settled(self, model: str) -> None:
+        """`model` has its new server, of which nothing is known yet, or is gone."""
+        self._backoff.succeeded(model)
+        self._estimates.forget(model)
+        self._sleep_levels.pop(model, None)
+        if self.config is not None and (config := self.config.models.get(model)) is not None:
+            if config.sleep_level is not None:
+                self._sleep_levels[model] = config.sleep_level
+            self._estimates.seed(model, self._sleep_level(model), ModelCosts(config.costs.sleep, config.costs.wake))
+        self.settled(model)
+
+    # What the servers say
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
@@ -280,7 +363,7 @@ class ModelSwitcher:
 
     async def require_freezing(self) -> None:
         """Raise `BackendUnsupportedError` if a server that answers cannot keep its requests while it sleeps."""
-        for model in self.models:
+        for model in self._servers.models:
             with suppress(BackendUnreachableError, BackendTimeoutError):
                 await self._servers.require_freezing(model)
 
@@ -322,10 +405,10 @@ class ModelSwitcher:
         self._closers += 1
         self._servers.closing = True
         try:
-            self._room.refuse_all(CLOSING)
+            self._room.close(CLOSING)
             try:
                 with anyio.move_on_after(drain):
-                    while any(self._state.in_flight(model) for model in self.models):
+                    while any(self._state.in_flight(model) for model in self._state.models):
                         await self._room.until_release()
                 if self._room.activation.leases:
                     self._room.activation.interrupted = True
@@ -337,6 +420,7 @@ class ModelSwitcher:
                 self._state.distrust()
             if self._driver.driving:
                 await self._driver.stopped.wait()
+            await self._turnover.stop()
             async with self._driver.exclusively():
                 self._state.distrust()
                 await self._servers.aclose()

@@ -23,7 +23,7 @@ MODULES = sorted(
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
     ["exceptions", "config._values", "config._access", "config._models", "_estimates"],
-    ["config._load"],
+    ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
@@ -72,7 +72,7 @@ LAYERS = [
         "backends._build",
         "backends",
     ],
-    ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
+    ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_turnover", "_reload", "_proxy", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
@@ -82,7 +82,7 @@ LAYERS = [
     ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_models", "config/_load"]
+CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_models", "config/_load", "config/_changes"]
 ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
 PURE = [
     "exceptions",

@@ -70,6 +70,18 @@ class AccessControl:
         """Read all keys anew. Raises `ConfigError`, and goes on with those that it had."""
         self._ring.reload()
 
+    def prepare(self, config: Config) -> Callable[[], None]:
+        """Read the keys of another configuration. Raises `ConfigError`. What is returned changes over to them.
+
+        What clients have used of their limits stays used.
+        """
+        ring = KeyRing(config)
+
+        def change_over() -> None:
+            self._ring, self._head_starts = ring, config.priorities
+
+        return change_over
+
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Let `app` serve an HTTP or WebSocket connection, without the client's credentials, or refuse it."""
         try:

@@ -19,6 +19,7 @@ All durations are in seconds, all sizes in bytes. Unknown keys are errors.
 from __future__ import annotations
 
 from ._access import AccessConfig, KeyConfig, SecretConfig, is_hash, is_token, read_secret
+from ._changes import SERVER_KEYS, ReloadReport, changes, server_part, server_place
 from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._models import (
     POLICY_PARAMETERS,
@@ -37,6 +38,7 @@ from ._models import (
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "SERVER_KEYS",
     "AccessConfig",
     "Config",
     "ConfigSource",
@@ -49,13 +51,17 @@ __all__ = [
     "ModelConfig",
     "PolicyConfig",
     "PolicyName",
+    "ReloadReport",
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "changes",
     "is_hash",
     "is_token",
     "json_schema",
     "load_config",
     "load_keys",
     "read_secret",
+    "server_part",
+    "server_place",
 ]
