@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._estimates import ModelCosts
+    from ._journal import Journal, JournalEntry
     from ._lease import Lease
     from ._state import Mode, Phase, SwitcherStatistics
+    from ._statistics import ErrorRecord, SwitchStatus
     from .access import Identity
     from .app import LLMuxApp
     from .backends import (
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
         LimitsConfig,
         MemoryConfig,
         ModelConfig,
+        ModelParametersConfig,
+        ParametersConfig,
         PolicyConfig,
         ReloadReport,
         SecretConfig,
@@ -52,11 +56,13 @@ if TYPE_CHECKING:
         BodyTooLargeError,
         BuffersFullError,
         ConfigError,
+        DrainingError,
         EncodedBodyError,
         HeadersTooLargeError,
         InterruptedRequestError,
         InvalidRequestError,
         LLMuxError,
+        OperationError,
         PermissionDeniedError,
         PolicyError,
         QueueFullError,
@@ -101,7 +107,9 @@ __all__ = [
     "ConfigError",
     "CostsConfig",
     "Defer",
+    "DrainingError",
     "EncodedBodyError",
+    "ErrorRecord",
     "FifoPolicy",
     "FreezingBackend",
     "GatedQuantumPolicy",
@@ -113,6 +121,8 @@ __all__ = [
     "Identity",
     "InterruptedRequestError",
     "InvalidRequestError",
+    "Journal",
+    "JournalEntry",
     "KeyConfig",
     "LLMuxApp",
     "LLMuxError",
@@ -125,9 +135,12 @@ __all__ = [
     "Mode",
     "ModelConfig",
     "ModelCosts",
+    "ModelParametersConfig",
     "ModelSwitcher",
     "OllamaBackend",
+    "OperationError",
     "Origin",
+    "ParametersConfig",
     "PermissionDeniedError",
     "Phase",
     "PolicyConfig",
@@ -148,6 +161,7 @@ __all__ = [
     "SwitchError",
     "SwitchNow",
     "SwitchPolicy",
+    "SwitchStatus",
     "SwitcherStatistics",
     "ThroughputPolicy",
     "TimeoutsConfig",
@@ -167,6 +181,8 @@ _HOMES = (
     "policy",
     "_estimates",
     "_state",
+    "_statistics",
+    "_journal",
     "backends",
     "_lease",
     "switcher",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import anyio
 
 from ._driver import Driver
+from ._orders import Order, OrderKind
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
@@ -154,6 +155,9 @@ class Turnover:
         try:
             with only_own_cancellation():
                 while self.unsettled and not self._servers.closing:
+                    if (active := self._state.active) in self.unsettled and self._may_go(active):
+                        await self._put_to_sleep(active)
+                        continue
                     if any(map(self._may_go, self.unsettled)) or any(map(self._may_come, self.next)):
                         async with self._driver.exclusively():
                             await self._turn_over()
@@ -195,33 +199,34 @@ class Turnover:
             if model in self.next and self._may_come(model) and not self._servers.closing:
                 await self._bring_in(model)
 
+    async def _put_to_sleep(self, model: str) -> None:
+        """Have the active model put to sleep by the driver, as an operator would."""
+        order = Order(OrderKind.STOP if self._servers.can_stop(model) else OrderKind.SLEEP, model)
+        self._driver.order(order)
+        await order.done.wait()
+        if order.error is not None:
+            self._note_failure(model, order.error)
+
     async def _let_go(self, model: str) -> None:
         if self._state.mode is Mode.UNKNOWN:
             await self._driver.reconcile()
         if self._state.mode is Mode.UNKNOWN:
             raise BackendError("it is not known which servers are awake")
         if self._state.active == model:
-            # Nobody is admitted before it is known again who is awake.
-            self._state.distrust()
-            self._state.inquire()
-            await self._servers.leave(model, self._sleep_level(model))
-            self._room.begin(None)
-            self._room.grant(self._state.adopt(None))
-        else:
-            await self._servers.leave(model, self._sleep_level(model))
-        self._room.changed.set()
+            return  # it has become so a moment ago
+        await self._servers.leave(model, self._sleep_level(model))
         if model not in self.unsettled or not self._may_go(model):
             return  # the configuration was read once more meanwhile
         del self.present[model]
         backend = self._servers.remove(model)
         self._failures.pop(model, None)
-        if model not in self.next:
-            self._forget(model)
-            logger.info("the model %r is removed, and its server %s out of memory", model, backend)
         try:
             await backend.aclose()
         except BackendError as exc:
             logger.error("closing the backend of the model %r: %s", model, exc)
+        if model in self._removed and model not in self.next:
+            self._forget(model)
+            logger.info("the model %r is removed, and its server %s out of memory", model, backend)
 
     async def _bring_in(self, model: str) -> None:
         server = self.present[model] = self.next.pop(model)

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
 from ._openai import Headers
+from ._parameters import Parameters
 from ._proxy import Proxy
 from ._realtime import Realtime, refuse_websocket
 from ._request_log import RequestLog
@@ -87,7 +88,7 @@ class LLMuxApp:
         self.switcher = ModelSwitcher.from_config(
             given, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
         )
-        self.config = self.switcher.config or given
+        self.config = self.switcher.reloader.config or given
         self._proxy = Proxy(
             self.config.models,
             upstream,
@@ -105,6 +106,7 @@ class LLMuxApp:
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
             tasks=_tasks(self.config),
+            models=self.config.models,
         )
         self._request_log = self.config.request_log
         self._identify = identify
@@ -120,7 +122,7 @@ class LLMuxApp:
         self._reloaded = anyio.Event()
         self._targets = dict(self._proxy.targets)
         """The targets that the configuration says, where those in use may be of servers that are being replaced."""
-        self.switcher.settled = self._retarget
+        self.switcher.reloader.settled = self._retarget
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return this very object: Litestar's routers copy what they mount, and the servers have one owner."""
@@ -155,18 +157,18 @@ class LLMuxApp:
             self._reloading = anyio.Lock()  # one that was used in another event loop does not work in this one
         async with self._reloading:
             given = load_config(self._source if config is None else config)
-            plan = self.switcher.plan(given)
+            plan = self.switcher.reloader.plan(given)
             targets = self._proxy.targets_of(plan.config.models, self.switcher.max_frozen_with(plan.policy))
             if self._access is not None and (plan.config.access is not None or self._identify is not None):
                 change_access = self._access.prepare(plan.config)
                 access: AccessControl | None = self._access
             else:
                 change_access, access = (lambda: None), self._access_control(plan.config)
-            await self.switcher.check_plan(plan)
+            await self.switcher.reloader.check(plan)
             # From here on nothing waits, and nothing fails.
             self.config, self._access, self._targets = plan.config, access, targets
             change_access()
-            report = self.switcher.adopt(plan)
+            report = self.switcher.reloader.adopt(plan)
             self._go_by(plan.config)
             self._reloaded.set()
             logger.info(
@@ -184,7 +186,7 @@ class LLMuxApp:
         intake = self._inference.intake
         intake.max_headers, intake.max_buffered = limits.max_headers, limits.max_buffered
         intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
-        self._inference.tasks = _tasks(config)
+        self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
         if config.request_log != self._request_log:
             self._request_log = config.request_log
             self._inference.request_log = RequestLog(config.request_log) if config.request_log is not None else None

@@ -19,12 +19,13 @@ from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
 from ._openai import PRIORITY_HEADER, Headers
+from ._parameters import Parameters
 from ._payload import read_payload
 from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
-from .config import Task
+from .config import ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
     BodyTooLargeError,
@@ -80,6 +81,7 @@ class LLMuxMiddleware:
     `body_timeout` seconds to arrive is refused, and so is one whose body would make it more than `max_buffered` bytes of all
     requests together.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
+    `models` gives the models that are configured with `parameters`: `app` gets bodies that have them.
     """
 
     def __init__(
@@ -95,11 +97,13 @@ class LLMuxMiddleware:
         body_timeout: float = 60.0,
         request_log: str | os.PathLike[str] | None = None,
         tasks: Mapping[str, Collection[Task]] | None = None,
+        models: Mapping[str, ModelConfig] | None = None,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.addresses = {path: address_of(path) or Address(Route(path, task=None), path) for path in paths}
         self.tasks = tasks or {}
+        self.parameters = Parameters.of(models or {})
         self.unknown = unknown
         self.max_body = max_body
         self.intake = Intake(max_headers, body_timeout, max_buffered)
@@ -188,6 +192,8 @@ class _Responder:
                 self._priority = self._switcher.priority(model, asked)
                 if self._priority is not None:
                     self._noted[names.PRIORITY] = self._priority
+                if self._middleware.parameters:
+                    self._set_parameters(named)
                 if self._grant is not None:
                     self._grant.admit(self._body or b"")
                 await self._answer(model)
@@ -284,6 +290,14 @@ class _Responder:
             self._times.stream = streams
         self._named = named_model(named)
         return self._named
+
+    def _set_parameters(self, named: str) -> None:
+        parameters = self._middleware.parameters.get(named)
+        if parameters is None or not self._body:
+            return
+        self._body = parameters.apply(self._address.route, self._headers, self._body)
+        length = str(len(self._body)).encode()
+        self._headers = [(name, length if name == b"content-length" else value) for name, value in self._headers]
 
     def _field(self, name: bytes) -> str | None:
         value = self._fields.get(name)

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from types import MappingProxyType
 
 import anyio
 
@@ -23,21 +22,23 @@ from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
 from ._forecast import next_turn_in
+from ._journal import Journal
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
-from ._reload import Plan, Settings, build_servers, plan, require_freezing
+from ._operations import Operations
+from ._reload import Reloader, Settings, build_servers
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
 from ._turnover import Turnover
-from .backends import Backend, BackendState, TunableBackend, with_ports
+from .backends import Backend, BackendState, with_ports
 from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
     BackendUnreachableError,
-    ConfigError,
+    DrainingError,
     LLMuxError,
     QueueTimeoutError,
     SwitchError,
@@ -64,7 +65,7 @@ class ModelSwitcher:
 
     `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
     requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
-    how many by model. `clock` gives monotonic seconds.
+    how many by model. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
     """
 
     def __init__(
@@ -86,10 +87,13 @@ class ModelSwitcher:
         queue_limits: Mapping[str, int] | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
-        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
+        self.journal = journal or Journal()
+        """What has happened."""
+        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None, self._note_server)
         self._models = tuple(backends)
         self._names: Mapping[str, str] = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
@@ -115,20 +119,27 @@ class ModelSwitcher:
             self._policy,
             self._backoff,
             self.telemetry,
+            self.journal,
             self._sleep_level,
             clock,
             self._estimates,
             self._save_estimates,
         )
-        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self._has_settled)
-        self.config: Config | None = None
-        """The configuration that it goes by, with the ports that were chosen; `None`: it was built from backends."""
-        self._given: Config | None = None
-        self._keeps_policy = True
-        self.settled: Callable[[str], None] = lambda model: None
-        """Called when a model has its new server after a reload, or is gone."""
+        self._operations = Operations(
+            self._room,
+            self._servers,
+            self._driver,
+            self._backoff,
+            self.journal,
+            lambda model: self._estimates.of(model, self._sleep_level(model)),
+            clock,
+        )
+        self.reloader = Reloader(self)
+        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self.reloader.has_settled)
         self._closers = 0
         """How many calls of `aclose` are under way."""
+        self._refusing = False
+        """Whether no new request is admitted: the gateway is draining, or closing."""
 
     @classmethod
     def from_config(
@@ -161,9 +172,7 @@ class ModelSwitcher:
             estimates=config.policy.estimates,
             telemetry=telemetry,
         )
-        switcher.config, switcher._given, switcher._keeps_policy = config, given, keeps_policy
-        switcher._turnover.present.update(servers)
-        switcher._go_by(settings)
+        switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
         return switcher
 
     # Leases
@@ -202,26 +211,31 @@ class ModelSwitcher:
         Raises `InvalidRequestError` if there is no class `priority`.
         """
         name = self.resolve(model)
-        if name is None or self._closers:
+        if name is None or self._refusing:
             return None
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
         if not self._state.try_admit(name, head_start):
             return None
+        if self._room.shares.idle:
+            self._room.shares.note(self._clock())
         return Lease(self, self._room.activation, name, head_start=head_start)
 
     async def acquire(self, model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:
         """Wait for a lease on `model` (a name or an alias); the caller has to release it.
 
         `timeout` in seconds replaces the `request_timeout` of the model or policy, `priority` the model's class. Raises
-        `UnknownModelError`, `InvalidRequestError` (no such class), `QueueFullError`, `QueueTimeoutError`, `SwitchError` or
-        `PolicyError`.
+        `UnknownModelError`, `InvalidRequestError` (no such class), `QueueFullError`, `QueueTimeoutError`, `SwitchError`,
+        `DrainingError` or `PolicyError`.
         """
-        name = self.resolve(model)
-        if name is None:
-            raise UnknownModelError(model)
+        name = self._require(model)
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
         if lease := self.try_acquire(name, priority=priority):
             return lease
+        if self.draining and not self._closers:
+            raise DrainingError
+        return await self._wait_for_lease(name, head_start, timeout)
+
+    async def _wait_for_lease(self, name: str, head_start: float = 0.0, timeout: float | None = None) -> Lease:
         if self._closers:
             raise SwitchError(name, CLOSING)
         self._refuse_while_backing_off(name)
@@ -264,13 +278,67 @@ class ModelSwitcher:
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        models = self._state.models
-        return replace(
-            self._state.snapshot(),
-            servers=MappingProxyType(dict.fromkeys(models, "unknown") | self._servers.states()),
-            costs=MappingProxyType({model: self._estimates.of(model, self._sleep_level(model)) for model in models}),
-            unsettled=self._turnover.unsettled,
-        )
+        return replace(self._operations.statistics(), unsettled=self._turnover.unsettled)
+
+    # What an operator may do
+
+    async def wake(self, model: str) -> None:
+        """Make `model` (a name or an alias) active, as a request for it would, and return when it is. Also while draining.
+
+        Raises `OperationError` if another one is pinned and active, else what `acquire` raises.
+        """
+        name = self._require(model)
+        self._operations.require_wakeable(name)
+        if not self._state.admits(name):
+            (await self._wait_for_lease(name, timeout=math.inf)).release()
+
+    async def sleep(self, model: str) -> None:
+        """If `model` is active, let its requests finish and put it to sleep; wake no other for it.
+
+        How long requests may take is the policy's affair, as in any switch, but none is frozen. New ones wait, and the model is
+        woken again for them. A caller that is cancelled leaves; what it has begun goes on. Raises `UnknownModelError`,
+        `BackendError`, `PolicyError`, or `OperationError` if the gateway is shutting down.
+        """
+        await self._operations.sleep(self._require(model))
+
+    async def stop(self, model: str) -> None:
+        """Do what `sleep` does, and end the process of `model`. The next request for it starts it again.
+
+        Raises what `sleep` raises, and `BackendUnsupportedError` if the process is not the gateway's own.
+        """
+        await self._operations.stop(self._require(model))
+
+    @property
+    def pinned(self) -> str | None:
+        """The model that is not switched away from once it is active, if there is one."""
+        return self._state.pinned
+
+    def pin(self, model: str) -> None:
+        """Switch to no other model while `model` is active. It is not woken for that.
+
+        Requests for others wait; a switch away from it that has not begun to put it to sleep is given up. Raises
+        `UnknownModelError`.
+        """
+        self._operations.pin(self._require(model))
+
+    def unpin(self) -> None:
+        """Pin no model any more."""
+        self._operations.pin(None)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._operations.draining
+
+    def drain(self) -> None:
+        """Refuse new requests with a `DrainingError`. Those that run or wait finish; see `statistics().drained`."""
+        self._operations.drain(draining=True)
+        self._refusing = True
+
+    def resume(self) -> None:
+        """Admit new requests again."""
+        self._operations.drain(draining=False)
+        self._refusing = self._closers > 0
 
     # Another configuration
 
@@ -279,68 +347,11 @@ class ModelSwitcher:
 
         Raises `ConfigError` if it cannot be used, or not without a restart, and `BackendUnsupportedError` if it has `drain:
         preempt` and a server that answers cannot freeze its requests: nothing has changed then. Servers that are replaced or
-        removed are put to sleep when their requests are over, after this has returned.
+        removed are put to sleep when their requests are over, after this has returned: see `statistics().unsettled`.
         """
-        plan = self.plan(load_config(config))
-        await self.check_plan(plan)
-        return self.adopt(plan)
-
-    def plan(self, given: Config) -> Plan:
-        """Prepare for another configuration, and change nothing yet. Raises `ConfigError`."""
-        if self.config is None or self._given is None:
-            raise ConfigError("$: the switcher was built from backends, and not from a configuration that could be replaced")
-        config, turnover = with_ports(given, self.config), self._turnover
-        return plan(self._given, given, config, self._policy, turnover.present, turnover.next, keep_policy=self._keeps_policy)
-
-    async def check_plan(self, plan: Plan) -> None:
-        """Raise `BackendUnsupportedError` if a server of `plan` should freeze requests and cannot; others are not asked."""
-        if plan.config.policy.drain == "preempt" and (plan.built or "policy" in plan.report.settings):
-            await require_freezing(plan)
-
-    def adopt(self, plan: Plan) -> ReloadReport:
-        """Go by a prepared configuration from now on. Does not wait and does not fail."""
-        before = self.config
-        levels = {model: self._sleep_level(model) for model in self._state.models}
-        self.config, self._given = plan.config, plan.given
-        self._models = tuple(plan.config.models)
-        if plan.policy is not None:
-            self._policy = plan.policy
-            self._driver.use(plan.policy)
-        self._go_by(Settings.of(plan.config))
-        self._turnover.want(plan.servers)
-        unsettled = self._turnover.unsettled
-        # What is put to sleep is the old server, and it may not know the new level.
-        self._sleep_levels |= {model: levels[model] for model in unsettled if model in levels}
-        for name, model in plan.config.models.items():
-            if name in unsettled:
-                continue
-            backend = plan.servers[name].backend
-            if isinstance(backend, TunableBackend):
-                backend.retune(model.timeouts, freezes=plan.config.policy.drain == "preempt")
-            level = self._sleep_level(name)
-            old = before.models.get(name) if before is not None else None
-            if old is None or model.costs != old.costs or self._estimates.of(name, level) == ModelCosts():
-                self._estimates.seed(name, level, ModelCosts(model.costs.sleep, model.costs.wake))
-        self._room.changed.set()
-        return plan.report
-
-    def _go_by(self, settings: Settings) -> None:
-        self._names = settings.names
-        self._sleep_levels = dict(settings.sleep_levels)
-        self._request_timeouts = dict(settings.request_timeouts)
-        self._priorities, self._limits = settings.priorities, settings.limits
-        self._backoff.set_pauses(*settings.backoff)
-
-    def _has_settled(self, model: str) -> None:
-        """`model` has its new server, of which nothing is known yet, or is gone."""
-        self._backoff.succeeded(model)
-        self._estimates.forget(model)
-        self._sleep_levels.pop(model, None)
-        if self.config is not None and (config := self.config.models.get(model)) is not None:
-            if config.sleep_level is not None:
-                self._sleep_levels[model] = config.sleep_level
-            self._estimates.seed(model, self._sleep_level(model), ModelCosts(config.costs.sleep, config.costs.wake))
-        self.settled(model)
+        plan = self.reloader.plan(load_config(config))
+        await self.reloader.check(plan)
+        return self.reloader.adopt(plan)
 
     # What the servers say
 
@@ -380,11 +391,13 @@ class ModelSwitcher:
             try:
                 if await self._servers.look(model) is BackendState.AWAKE:
                     return
-                logger.warning("the server of the active model %r is not awake any more", model)
+                what = f"the server of the active model {model!r} is not awake any more"
             except BackendTimeoutError:
                 return
             except BackendError as exc:
-                logger.warning("the server of the active model %r does not say that it is awake: %s", model, exc)
+                what = f"the server of the active model {model!r} does not say that it is awake: {exc}"
+            logger.warning("%s", what)
+            self.journal.error(model, "BackendError", what)
             self.distrust()
             await self._driver.reconcile()
 
@@ -403,9 +416,10 @@ class ModelSwitcher:
         used again afterwards: it then starts by asking the servers for their state.
         """
         self._closers += 1
-        self._servers.closing = True
+        self._refusing = self._servers.closing = True
         try:
             self._room.close(CLOSING)
+            self._driver.refuse_orders(CLOSING)
             try:
                 with anyio.move_on_after(drain):
                     while any(self._state.in_flight(model) for model in self._state.models):
@@ -429,6 +443,7 @@ class ModelSwitcher:
         finally:
             self._closers -= 1
             self._servers.closing = self._closers > 0
+            self._refusing = self._servers.closing or self.draining
         if not self._closers:
             self._driver.forget_the_loop()
 
@@ -451,6 +466,15 @@ class ModelSwitcher:
     def _save_estimates(self) -> None:
         if self._estimates_file is not None:
             self._estimates_file.save(self._estimates)
+
+    def _require(self, model: str) -> str:
+        name = self.resolve(model)
+        if name is None:
+            raise UnknownModelError(model)
+        return name
+
+    def _note_server(self, model: str, state: str) -> None:
+        self.journal.write("model", model=model, state=state)
 
     def _release(self, model: str, head_start: float, *, frozen: bool) -> None:
         self._room.release(model, head_start, frozen=frozen)

@@ -35,6 +35,7 @@ from ._models import (
     Task,
     TimeoutsConfig,
 )
+from ._parameters import ModelParametersConfig, ParametersConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -49,6 +50,8 @@ __all__ = [
     "LimitsConfig",
     "MemoryConfig",
     "ModelConfig",
+    "ModelParametersConfig",
+    "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
     "ReloadReport",
