@@ -111,7 +111,7 @@ class Turnover:
 
     def wake(self) -> None:
         """Look what can be done, if there is anything to do."""
-        self._room.released.set()
+        self._room.look_again()
         if self.unsettled and not self._running and not self._servers.closing:
             self._running = True
             self._stopped = anyio.Event()
@@ -128,7 +128,7 @@ class Turnover:
     async def stop(self) -> None:
         """Wait for the end of the task, which comes when the servers are being closed."""
         if self._running:
-            self._room.released.set()
+            self._room.look_again()
             await self._stopped.wait()
 
     def _remove(self, model: str) -> None:

@@ -19,7 +19,7 @@ from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
 from ._openai import Headers
 from ._parameters import Parameters
-from ._proxy import Proxy
+from ._proxy import Proxy, Target
 from ._realtime import Realtime, refuse_websocket
 from ._request_log import RequestLog
 from ._responses import ResponseModels
@@ -37,7 +37,14 @@ from ._routes import (
 from ._spawn import beside
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .config import Config, ConfigSource, ReloadReport, Task, load_config
-from .exceptions import LLMuxError, MethodNotAllowedError, UnknownModelError, UnknownResponseError, UnknownRouteError
+from .exceptions import (
+    ConfigError,
+    LLMuxError,
+    MethodNotAllowedError,
+    UnknownModelError,
+    UnknownResponseError,
+    UnknownRouteError,
+)
 from .middleware import MODEL_HEADER, LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
@@ -47,6 +54,8 @@ from .upstream import Upstream
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
+
+    from .exposition import MetricsEndpoint
 
 __all__ = ["LLMuxApp"]
 
@@ -85,9 +94,10 @@ class LLMuxApp:
         # The host may change its working folder before the file is read again.
         self._source = Path(config).absolute() if isinstance(config, (str, os.PathLike)) else config
         given = load_config(config)
-        self.switcher = ModelSwitcher.from_config(
-            given, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
-        )
+        self._metrics = _metrics_endpoint(given)
+        exposition = self._metrics.provider if self._metrics is not None else None
+        telemetry = Telemetry(tracer_provider, meter_provider, exposition=exposition)
+        self.switcher = ModelSwitcher.from_config(given, policy=policy, memory=memory, telemetry=telemetry)
         self.config = self.switcher.reloader.config or given
         self._proxy = Proxy(
             self.config.models,
@@ -96,6 +106,8 @@ class LLMuxApp:
             max_frozen=self.switcher.max_frozen,
             write_timeout=self.config.limits.write_timeout,
         )
+        if self._metrics is not None:
+            self._metrics.scrape(self._scraped, self._proxy.upstream)
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
             self._responses,
@@ -132,6 +144,11 @@ class LLMuxApp:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
             await _run_lifespan(self.lifespan, scope, receive, send)
+        elif self._metrics is not None and self._metrics.is_asked_for(scope):
+            if self._metrics.has_key or self._access is None:
+                await self._metrics(scope, receive, send)
+            else:
+                await self._access.serve(self._metrics, scope, receive, send)
         elif self._access is None:
             await self._serve(scope, receive, send)
         else:
@@ -240,6 +257,14 @@ class LLMuxApp:
         # The first of the configuration comes last, and stays.
         await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
 
+    def _scraped(self) -> dict[str, Target]:
+        """The servers that tell metrics of their own. A router is not asked: it would load a model for it."""
+        return {
+            name: target
+            for name, target in self._proxy.targets.items()
+            if name in self.config.models and self.config.models[name].server in ("vllm", "sglang")
+        }
+
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await self._serve_websocket(scope, receive, send)
@@ -311,6 +336,16 @@ class LLMuxApp:
 
 def _tasks(config: Config) -> dict[str, tuple[Task, ...]]:
     return {name: model.tasks for name, model in config.models.items() if model.tasks is not None}
+
+
+def _metrics_endpoint(config: Config) -> MetricsEndpoint | None:
+    if config.metrics is None:
+        return None
+    try:
+        from .exposition import MetricsEndpoint
+    except ImportError:
+        raise ConfigError("$.metrics: needs the extra prometheus: pip install 'llmux-asgi[prometheus]'") from None
+    return MetricsEndpoint(config.metrics)
 
 
 async def _answer_json(send: Send, content: object) -> None:

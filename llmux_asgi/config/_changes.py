@@ -14,7 +14,7 @@ __all__ = ["SERVER_KEYS", "ReloadReport", "changes", "server_part", "server_plac
 SERVER_KEYS = ("url", "command", "env", "cwd", "server", "hooks", "served_name", "probe", "api_key")
 """The keys of a model that say which server it has and how that is spoken to. All others can change while it serves."""
 
-_FIXED = ("memory",)
+_FIXED = ("memory", "metrics")
 """Sections that are read once, when the gateway starts."""
 
 
