@@ -36,6 +36,7 @@ from ._routes import (
 )
 from ._spawn import beside
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
+from .admin import AdminApp
 from .config import Config, ConfigSource, ReloadReport, Task, load_config
 from .exceptions import (
     ConfigError,
@@ -135,6 +136,9 @@ class LLMuxApp:
         self._targets = dict(self._proxy.targets)
         """The targets that the configuration says, where those in use may be of servers that are being replaced."""
         self.switcher.reloader.settled = self._retarget
+        self._policy_name = type(policy).__name__ if policy is not None else None
+        self._admin = AdminApp(self, self.config.admin) if self.config.admin is not None else None
+        self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return this very object: Litestar's routers copy what they mount, and the servers have one owner."""
@@ -144,23 +148,29 @@ class LLMuxApp:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
             await _run_lifespan(self.lifespan, scope, receive, send)
-        elif self._metrics is not None and self._metrics.is_asked_for(scope):
-            if self._metrics.has_key or self._access is None:
-                await self._metrics(scope, receive, send)
-            else:
-                await self._access.serve(self._metrics, scope, receive, send)
-        elif self._access is None:
-            await self._serve(scope, receive, send)
+        elif self._guarded:
+            await self._guard(scope, receive, send)
         else:
-            await self._access.serve(self._serve, scope, receive, send)
+            await self._serve(scope, receive, send)
+
+    @property
+    def policy_name(self) -> str:
+        """What the policy is called: by the configuration, or the name of the class of one's own."""
+        return self._policy_name or self.config.policy.name
+
+    def is_client_key(self, key: str) -> bool:
+        """Whether `key` is one of the clients' API keys."""
+        return self._access is not None and self._access.knows(key)
 
     def reload_keys(self) -> None:
-        """Read the clients' API keys anew from environment and files. Raises `ConfigError`, and goes on with those it had.
+        """Read all API keys anew from environment and files. Raises `ConfigError`, and goes on with those it had.
 
         Files that change are read anew by themselves, within about a second.
         """
         if self._access is not None:
             self._access.reload()
+        if self._admin is not None:
+            self._admin.reload_keys()
 
     async def reload(self, config: ConfigSource | None = None) -> ReloadReport:
         """Go by another configuration from now on, without losing a request; `None`: what the app was built from, read anew.
@@ -176,15 +186,20 @@ class LLMuxApp:
             given = load_config(self._source if config is None else config)
             plan = self.switcher.reloader.plan(given)
             targets = self._proxy.targets_of(plan.config.models, self.switcher.max_frozen_with(plan.policy))
-            if self._access is not None and (plan.config.access is not None or self._identify is not None):
-                change_access = self._access.prepare(plan.config)
-                access: AccessControl | None = self._access
+            change_over: list[Callable[[], None]] = []
+            access = self._access
+            if access is not None and (plan.config.access is not None or self._identify is not None):
+                change_over.append(access.prepare(plan.config))
             else:
-                change_access, access = (lambda: None), self._access_control(plan.config)
+                access = self._access_control(plan.config)
+            if self._admin is not None and plan.config.admin is not None:
+                change_over.append(self._admin.prepare(plan.config.admin))
             await self.switcher.reloader.check(plan)
             # From here on nothing waits, and nothing fails.
             self.config, self._access, self._targets = plan.config, access, targets
-            change_access()
+            for change in change_over:
+                change()
+            self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
             report = self.switcher.reloader.adopt(plan)
             self._go_by(plan.config)
             self._reloaded.set()
@@ -243,6 +258,8 @@ class LLMuxApp:
         try:
             await self.switcher.aclose(drain=self.config.limits.shutdown)
         finally:
+            if self._admin is not None:
+                self._admin.end_streams()
             await self._proxy.aclose()
 
     async def _watch(self) -> None:
@@ -256,6 +273,20 @@ class LLMuxApp:
     async def _preload(self) -> None:
         # The first of the configuration comes last, and stays.
         await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what has to show a key, or is not for the clients."""
+        if self._admin is not None and self._admin.owns(scope):
+            await self._admin(scope, receive, send)
+        elif self._metrics is not None and self._metrics.is_asked_for(scope):
+            if self._metrics.has_key or self._access is None:
+                await self._metrics(scope, receive, send)
+            else:
+                await self._access.serve(self._metrics, scope, receive, send)
+        elif self._access is not None:
+            await self._access.serve(self._serve, scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
 
     def _scraped(self) -> dict[str, Target]:
         """The servers that tell metrics of their own. A router is not asked: it would load a model for it."""
