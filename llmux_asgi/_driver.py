@@ -162,7 +162,7 @@ class Driver:
             if self._servers.closing:
                 raise OperationError(CLOSING)
             if model == state.active:
-                if order.kind is not OrderKind.IDLE or not (state.in_flight(model) or state.waiting_models() or state.held):
+                if order.is_due(model):
                     await self._switch(None, order)
             elif order.kind is OrderKind.STOP:
                 await self._stop_sleeper(model)
@@ -244,8 +244,11 @@ class Driver:
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
             duration = self.records.end(outcome, served=served, longest_wait=longest_wait)
             if outcome == "completed":
-                text = "switched from %r to %r in %.3f s; %d requests waited for it"
-                logger.info(text, origin, to, duration, served)
+                if to is None:
+                    logger.info("put %r to sleep in %.3f s", origin, duration)
+                else:
+                    text = "switched from %r to %r in %.3f s; %d requests waited for it"
+                    logger.info(text, origin, to, duration, served)
                 self._save_estimates()
             self._telemetry.switch_duration.record(
                 duration,
@@ -308,7 +311,7 @@ class Driver:
                     raise error
             finally:
                 self._room.give_up = None
-        if scope.cancel_called or (order is not None and order.kind is OrderKind.IDLE and self._state.waiting_models()):
+        if scope.cancel_called or (order is not None and not order.is_due(order.model)):
             return False
         return self._state.commit()
 
