@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
@@ -133,6 +134,8 @@ class ModelSwitcher:
         self._inquiry = Inquiry(self._room, self._servers, self._driver, self.journal)
         self._idle = IdleSleep(ttls or {}, self._state, clock, self._driver.order)
         self._room.settled = self._idle.watch
+        reference = weakref.ref(self)
+        self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0
         """How many calls of `aclose` are under way."""
         self._refusing = False
@@ -218,7 +221,7 @@ class ModelSwitcher:
 
         Raises `InvalidRequestError` if there is no class `priority`.
         """
-        name = self.resolve(model)
+        name = self._names.get(model)
         if name is None or self._refusing:
             return None
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
