@@ -144,7 +144,8 @@ class Driver:
                         await self._room.changed.wait()
             elif self._orders:
                 async with self.exclusively():
-                    await self._carry_out(self._orders.popleft())
+                    if self._orders:  # they may have been refused while the lock was awaited
+                        await self._carry_out(self._orders.popleft())
             elif (target := self._decider.choose()) is not None:
                 async with self.exclusively():
                     await self._switch(target)
