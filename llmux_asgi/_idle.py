@@ -30,6 +30,11 @@ class IdleSleep:
         self._order = order
         self._timer: Later | None = None
 
+    def use(self, ttls: Mapping[str, float]) -> None:
+        """Go by other ones from now on."""
+        self._ttls = dict(ttls)
+        self.watch()
+
     def watch(self) -> None:
         """Set the timer anew, for the model that is active now."""
         self.stop()

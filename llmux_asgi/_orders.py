@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import anyio
 from opentelemetry import context as otel_context
+from opentelemetry.context import Context
 
 __all__ = ["Order", "OrderKind"]
 
@@ -30,8 +31,8 @@ class Order:
         self.model = model
         self.is_due = is_due
         """Asked right before it is carried out, and again before the point of no return."""
-        self.context = otel_context.get_current()
-        """The trace of whoever gave it."""
+        self.context = Context() if kind is OrderKind.IDLE else otel_context.get_current()
+        """The trace of whoever gave it, if it was somebody."""
         self.error: Exception | None = None
         self.done = anyio.Event()
 

@@ -9,6 +9,7 @@ import anyio.lowlevel
 import pytest
 
 from llmux_asgi import BackendError, FifoPolicy, Mode, Phase, SwitchContext
+from tests.support.fleet import Fleet
 from tests.support.pool import Pool, Runner, running, until_settled, until_waiting
 
 pytestmark = pytest.mark.anyio
@@ -206,3 +207,17 @@ async def test_a_switcher_that_is_closed_sets_no_timer() -> None:
         await serve(run, "a")
         await pool.switcher.aclose()
         assert not is_timed(pool)
+
+
+async def test_another_configuration_may_give_the_active_model_a_ttl_and_take_it_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, awake="a", qwen="a")
+    async with running(fleet) as run:
+        await serve(run, "qwen")
+        assert not is_timed(fleet)
+        await fleet.reload(qwen={"url": "http://a", "ttl": 3600})
+        assert is_timed(fleet)
+        await fleet.reload(qwen={"url": "http://a"})
+        assert not is_timed(fleet)
+        await fleet.reload(qwen={"url": "http://a", "ttl": TTL})
+        await until_asleep(fleet)
+    assert fleet.gpu.events == ["sleep a", "asleep a"]

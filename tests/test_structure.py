@@ -23,7 +23,7 @@ MODULES = sorted(
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
     ["exceptions", "config._values", "config._access", "config._metrics", "config._parameters", "config._models", "_estimates"],
-    ["config._load"],
+    ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
@@ -84,20 +84,9 @@ LAYERS = [
         "backends._build",
         "backends",
     ],
-    [
-        "_orders",
-        "_journal",
-        "_record",
-        "_lease",
-        "_decision",
-        "_servers",
-        "_steps",
-        "_room",
-        "_reconcile",
-        "_driver",
-    ],
+    ["_orders", "_journal", "_record", "_lease", "_decision", "_servers", "_steps", "_room", "_reconcile", "_driver"],
     ["_idle", "_inquiry", "_operations", "_proxy"],
-    ["switcher"],
+    ["_turnover", "_reload", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
@@ -118,7 +107,15 @@ LAYERS = [
     ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_metrics", "config/_models", "config/_load"]
+CONFIG = [
+    "config/__init__",
+    "config/_values",
+    "config/_access",
+    "config/_metrics",
+    "config/_models",
+    "config/_load",
+    "config/_changes",
+]
 ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
 PURE = [
     "exceptions",
