@@ -10,12 +10,12 @@ import typer
 from ..exceptions import LLMuxError
 from ..importing import Program
 from ..importing.command import run
-from ._app import UNUSABLE, app, fail
+from ._app import SETUP, UNUSABLE, app, fail
 
 __all__ = ["import_"]
 
 
-@app.command("import")
+@app.command("import", rich_help_panel=SETUP)
 def import_(
     file: Annotated[Path, typer.Argument(help="Configuration of llmux (JSON, YAML) or llama-swap (YAML).")],
     program: Annotated[Program | None, typer.Option("--from", help="Whose it is; default: told by its fields.")] = None,

@@ -194,8 +194,8 @@ def _exit_with_stdin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def serve(options: SimOptions) -> None:
-    """Run a simulated server until SIGTERM or SIGINT. Prints one ready line with its address to standard output.
+def serve(options: SimOptions, *, as_json: bool = False) -> None:
+    """Run a simulated server until SIGTERM or SIGINT. Prints one ready line (or JSON) with its address to standard output.
 
     Raises `OSError` when the address cannot be had, `GpuOutOfMemoryError` when the model does not fit the GPU.
     """
@@ -208,13 +208,18 @@ def serve(options: SimOptions) -> None:
             _exit_with_stdin()
         time.sleep(options.start_seconds)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner, suppress(KeyboardInterrupt):
-            runner.run(_serve(options, listener))
+            runner.run(_serve(options, listener, as_json))
 
 
-async def _serve(options: SimOptions, listener: socket.socket) -> None:
+async def _serve(options: SimOptions, listener: socket.socket, as_json: bool) -> None:
     app = SimVLLM(options)
     host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    ready = (
+        msgspec.json.encode({"name": options.name, "url": url}).decode()
+        if as_json
+        else f"sim-vllm {options.name} ready on {url}"
+    )
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -223,4 +228,4 @@ async def _serve(options: SimOptions, listener: socket.socket) -> None:
         log_level="critical",
         timeout_graceful_shutdown=0,  # hanging requests are part of the game: cut them
     )
-    await _Server(config, f"sim-vllm {options.name} ready on http://{address}", app.engine).serve([listener])
+    await _Server(config, ready, app.engine).serve([listener])
