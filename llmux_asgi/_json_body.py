@@ -15,7 +15,7 @@ import msgspec
 
 from .exceptions import InvalidRequestError
 
-__all__ = ["Pieces", "decode", "named_model", "read_json", "with_json_model"]
+__all__ = ["Pieces", "decode", "find_value", "named_model", "read_json", "with_json_model"]
 
 Pieces = list[bytes | memoryview]
 """A body in parts: the unchanged ones are views of the original."""
@@ -53,6 +53,7 @@ class _Span(msgspec.Struct):
 
 _T = TypeVar("_T")
 _CLOSING = re.compile(rb"[ \t\r\n]*\}")
+_COLON = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
 
 
 def read_json(body: bytes) -> tuple[str | None, bool]:
@@ -90,7 +91,7 @@ def named_model(model: str | None) -> str:
 def with_json_model(body: bytes, model: str) -> Pieces:
     """Return a body that `read_json` has passed, with `model` as its top-level model; everything else keeps its bytes."""
     value, view = msgspec.json.encode(model), memoryview(body)
-    if (span := _find_value(body)) is not None:
+    if (span := _find_model(body)) is not None:
         start, end = span
         return [view[:start], value, view[end:]]
     at = body.index(b"{") + 1
@@ -112,26 +113,29 @@ def decode(body: bytes | bytearray, kind: type[_T], hook: Callable[[type, object
         raise InvalidRequestError("The request body is nested too deeply.") from None
 
 
-def _find_value(body: bytes) -> tuple[int, int] | None:
-    """Return where the value of the top-level key begins and ends, `None` if there is none.
-
-    msgspec finds it, and gives it as a view of what it has read, without its place. So a copy of the body is written over,
-    part by part, until it is known which byte shows in the view.
-    """
+def _find_model(body: bytes) -> tuple[int, int] | None:
+    """Return where the value of the model begins and ends, `None` if there is none."""
     copy = bytearray(body)
     value = memoryview(decode(copy, _Span).model)
-    if not value:
-        return None
+    return find_value(body, copy, value, "model") if value else None
+
+
+def find_value(body: bytes, copy: bytearray, value: memoryview, name: str) -> tuple[int, int]:
+    """Return where a value of the top-level key `name` begins and ends.
+
+    msgspec has found it in `copy`, and gives it as a view of what it has read, without its place. So the copy of the body is
+    written over, part by part, until it is known which byte shows in the view.
+    """
 
     def is_in(low: int, high: int) -> bool:
         mark = 1 if value[0] != 1 else 2
         copy[low:high] = bytes((mark,)) * (high - low)
         return value[0] == mark
 
-    # Most bodies have one `"model"`, and its value behind it.
-    guess = body.find(bytes(value), body.find(b'"model"') + 7)
-    if guess >= 0 and is_in(guess, guess + 1):
-        return guess, guess + len(value)
+    # Most bodies have one `"name"`, and its value behind it.
+    key = b'"%b"' % name.encode()
+    if (at := body.find(key)) >= 0 and (colon := _COLON.match(body, at + len(key))) and is_in(colon.end(), colon.end() + 1):
+        return colon.end(), colon.end() + len(value)
     low, high = next(
         (low, high)
         for low in range(0, len(copy), _BLOCK)

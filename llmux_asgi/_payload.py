@@ -8,7 +8,7 @@ from ._openai import Headers
 from ._routes import Route
 from .exceptions import InvalidRequestError
 
-__all__ = ["payload", "read_payload"]
+__all__ = ["is_form", "payload", "read_payload"]
 
 
 def read_payload(route: Route, headers: Headers, body: bytes) -> tuple[str | None, bool]:
@@ -34,6 +34,11 @@ def payload(route: Route, headers: Headers, body: bytes, model: str, *, named: s
     if route.body == "form" and (boundary := _boundary(headers)) is not None:
         return with_form_model(body, boundary, model)
     return with_json_model(body, model)
+
+
+def is_form(headers: Headers) -> bool:
+    """Say whether a body is a form by its headers. Raises `InvalidRequestError`."""
+    return _boundary(headers) is not None
 
 
 def _boundary(headers: Headers) -> bytes | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import anyio
 
 from ._lease import Activation, Freeze, Waiter
+from ._shares import TimeShares
 from ._state import SwitcherState, Ticket, TicketStatus
 from .exceptions import LLMuxError, SwitchError
 
@@ -24,6 +25,8 @@ class WaitingRoom:
     def __init__(self, state: SwitcherState, clock: Callable[[], float]) -> None:
         self.state = state
         self._clock = clock
+        self.shares = TimeShares(state, clock())
+        """How the time was spent."""
         self.activation = Activation()
         """The stretch of time that leases are granted in."""
         self.frozen: dict[str, Activation] = {}
@@ -32,8 +35,8 @@ class WaitingRoom:
         """Set when the policy may decide otherwise than before. Whoever waits for it puts a new one here first."""
         self.drained = anyio.Event()
         """Set when the active model's last running request is over. As above."""
-        self.released = anyio.Event()
-        """Set when any request is over. See `until_release`."""
+        self._released: anyio.Event | None = None
+        """Set when any request is over, if somebody waits for that: see `until_release`."""
         self.give_up: anyio.CancelScope | None = None
         """Cancelled when nobody waits for the target any more, as long as the switch can be given up."""
         self.drop_deferral: Callable[[str], None] = lambda model: None
@@ -47,16 +50,18 @@ class WaitingRoom:
                 self.frozen.pop(model, None)
             if not self.state.depth(model):
                 self._nobody_waits(model)
-        elif self.state.release(model, self._clock(), head_start) and model == self.state.active:
+        elif self.state.release(model, now := self._clock(), head_start) and model == self.state.active:
             self.drained.set()
-        self.released.set()
+            self.shares.note(now)
+        if self._released is not None:
+            self._released.set()
         self.changed.set()
 
     async def until_release(self) -> None:
         """Wait until any request is over."""
-        if self.released.is_set():  # another task may wait for the present one
-            self.released = anyio.Event()
-        await self.released.wait()
+        if self._released is None or self._released.is_set():  # another task may wait for the present one
+            self._released = anyio.Event()
+        await self._released.wait()
 
     def withdraw(self, waiter: Waiter) -> None:
         """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""
@@ -100,6 +105,13 @@ class WaitingRoom:
             self.give_up.cancel()
         self.changed.set()
 
+    def give_up_a_switch_away(self) -> None:
+        """The active model may have been pinned, or unpinned. A switch away from a pinned one is given up if it can be."""
+        state = self.state
+        if state.held and state.target is not None and state.can_be_given_up and self.give_up is not None:
+            self.give_up.cancel()
+        self.changed.set()
+
     def freeze(self, model: str, limit: float) -> None:
         """Keep the requests that `model` was serving for its next turn: it is asleep, and its server keeps them too."""
         now = self._clock()
@@ -114,7 +126,8 @@ class WaitingRoom:
         self.activation.end_freeze(self._clock())
 
     def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
-        """Tell those whose tickets were granted, and by which switch if it was one."""
+        """Tell those whose tickets were granted, and by which switch if it was one. Called after every settled transition."""
+        self.shares.note(self._clock())
         for ticket in granted:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self.activation, switch

@@ -97,6 +97,7 @@ class LLMuxApp:
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
             tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
+            models=self.config.models,
         )
         self._access: AccessControl | None = None
         if self.config.access is not None or identify is not None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from typing import Literal
 
 import anyio
@@ -19,15 +18,15 @@ from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
 from ._openai import PRIORITY_HEADER, Headers
+from ._parameters import Parameters
 from ._payload import read_payload
-from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
+from ._proxy import SCOPE_ADDRESS, SCOPE_BODY, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
-from .config import Task
+from .config import ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
-    BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
@@ -80,6 +79,7 @@ class LLMuxMiddleware:
     `body_timeout` seconds to arrive is refused, and so is one whose body would make it more than `max_buffered` bytes of all
     requests together.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
+    `models` gives the models that are configured with `parameters`: `app` gets bodies that have them.
     """
 
     def __init__(
@@ -95,11 +95,13 @@ class LLMuxMiddleware:
         body_timeout: float = 60.0,
         request_log: str | os.PathLike[str] | None = None,
         tasks: Mapping[str, Collection[Task]] | None = None,
+        models: Mapping[str, ModelConfig] | None = None,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.addresses = {path: address_of(path) or Address(Route(path, task=None), path) for path in paths}
         self.tasks = tasks or {}
+        self.parameters = Parameters.of(models or {})
         self.unknown = unknown
         self.max_body = max_body
         self.intake = Intake(max_headers, body_timeout, max_buffered)
@@ -136,6 +138,16 @@ class LLMuxMiddleware:
 class _Responder:
     """One request: its body read ahead, its lease, how far its answer has come."""
 
+    _body: bytes | None = None
+    _named: str | None = None
+    """The model that the body names, if it was looked at."""
+    _replayed = False
+    _waited = 0.0
+    _priority: str | None = None
+    _disconnected = False
+    _lease: Lease | None = None
+    _status = 0
+
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
     ) -> None:
@@ -153,15 +165,6 @@ class _Responder:
         self._send = send
         self._address = address
         self._span = span
-        self._body: bytes | None = None
-        self._named: str | None = None
-        """The model that the body names, if it was looked at."""
-        self._replayed = False
-        self._waited = 0.0
-        self._priority: str | None = None
-        self._disconnected = False
-        self._lease: Lease | None = None
-        self._status = 0
         self._times = RequestTimes() if middleware.request_log is not None else None
         self._grant: Grant | None = scope.get(SCOPE_GRANT)
         """What the client may do; `None`: there is no access control."""
@@ -188,6 +191,8 @@ class _Responder:
                 self._priority = self._switcher.priority(model, asked)
                 if self._priority is not None:
                     self._noted[names.PRIORITY] = self._priority
+                if self._middleware.parameters:
+                    self._set_parameters(named)
                 if self._grant is not None:
                     self._grant.admit(self._body or b"")
                 await self._answer(model)
@@ -217,36 +222,38 @@ class _Responder:
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
-        try:
-            await self._attempt(model, last=False)
-        except (InterruptedRequestError, UpstreamError) as exc:
-            if self._status or not exc.may_retry:
-                raise
-            logger.warning("%s The request is sent once more.", exc)
-            self._span.record_exception(exc)
-            self._replayed = False
-            await self._attempt(model, last=True)
+        ours = {SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, "headers": self._headers}
+        last = False
+        while True:
+            lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
+            if lease is None:
+                return
+            self._lease = lease
+            try:
+                self._admitted(lease)
+                scope = {**self._scope, **ours, SCOPE_LEASE: lease, SCOPE_LAST_TRY: last, SCOPE_BODY: self._body}
+                await self._middleware.app(scope, self._replay, self._watch_answer)
+                return
+            except (InterruptedRequestError, UpstreamError) as exc:
+                if last or self._status or not exc.may_retry:
+                    raise
+                logger.warning("%s The request is sent once more.", exc)
+                self._span.record_exception(exc)
+                self._replayed, last = False, True
+            finally:
+                lease.release()
 
-    async def _attempt(self, model: str, *, last: bool) -> None:
-        lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
-        if lease is None:
-            return
-        self._lease = lease
-        try:
-            self._waited += lease.waited
-            if self._times is not None:
-                self._times.admitted(self._waited)
+    def _admitted(self, lease: Lease) -> None:
+        self._waited += lease.waited
+        if self._times is not None:
+            self._times.admitted(self._waited)
+        if self._waited:
             self._noted[names.QUEUE_TIME] = self._waited
-            self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
-            if lease.switch is not None:
-                self._span.add_link(lease.switch)
-            if self._grant is not None:
-                self._grant.reach()
-            ours = {SCOPE_LEASE: lease, SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, SCOPE_LAST_TRY: last}
-            scope = {**self._scope, "headers": self._headers, **ours}
-            await self._middleware.app(scope, self._replay, self._watch_answer)
-        finally:
-            lease.release()
+        self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: lease.model})
+        if lease.switch is not None:
+            self._span.add_link(lease.switch)
+        if self._grant is not None:
+            self._grant.reach()
 
     async def _wait_for_lease(self, model: str) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
@@ -274,48 +281,31 @@ class _Responder:
     async def _find_name(self) -> str:
         self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
-        if not await self._read_body():
+        self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
+        if self._body is None:
+            self._note_disconnect()
             return ""
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
-        named, streams = read_payload(self._address.route, self._headers, self._body or b"")
-        self._noted[names.GEN_AI_REQUEST_STREAM] = streams
+        named, streams = read_payload(self._address.route, self._headers, self._body)
+        if streams:
+            self._noted[names.GEN_AI_REQUEST_STREAM] = True
         if self._times is not None:
             self._times.stream = streams
         self._named = named_model(named)
         return self._named
 
+    def _set_parameters(self, named: str) -> None:
+        parameters = self._middleware.parameters.get(named)
+        if parameters is None or not self._body:
+            return
+        self._body = parameters.apply(self._address.route, self._headers, self._body)
+        length = str(len(self._body)).encode()
+        self._headers = [(name, length if name == b"content-length" else value) for name, value in self._headers]
+
     def _field(self, name: bytes) -> str | None:
         value = self._fields.get(name)
         return None if value is None else value.decode("latin-1")
-
-    async def _read_body(self) -> bool:
-        """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
-        limit = self._middleware.max_body
-        announced = self._fields.get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > limit:
-            raise BodyTooLargeError(limit)
-        whole: io.BytesIO | None = None
-        size = 0
-        while True:
-            message = await self._upload.receive()
-            if message["type"] == "http.disconnect":
-                self._note_disconnect()
-                return False
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise BodyTooLargeError(limit)
-            last = not message.get("more_body", False)
-            if whole is None and last:
-                self._body = part
-                return True
-            # Grows in place, and gives what it holds without a copy: joining the parts would hold everything twice.
-            whole = whole or io.BytesIO()
-            whole.write(part)
-            if last:
-                self._body = whole.getvalue()
-                return True
 
     async def _watch_client(self, waiting: anyio.CancelScope) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -338,16 +328,20 @@ class _Responder:
             self._upload.close()
         return message
 
-    async def _watch_answer(self, message: Message) -> None:
+    def _watch_answer(self, message: Message) -> Awaitable[None]:
+        # Not a coroutine of its own: every message passes through here.
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._body, self._fields = None, {}  # they are not needed any more
             self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
-        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last:
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._upload.close()  # not after it: some servers never return from a `send` to a client that has gone
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
         await self._send(message)
-        if is_last and self._lease is not None:
+        if self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
             if self._times is not None:

@@ -60,6 +60,9 @@ class _Gathering:
         if self._size > _MOST_GATHERED:  # so that the transport can say when it is too much
             self._flush()
 
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
     def close(self) -> None:
         self._flush()
         self._transport.close()

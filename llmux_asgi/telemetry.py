@@ -17,15 +17,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from opentelemetry import baggage, metrics, trace
 from opentelemetry import context as otel_context
-from opentelemetry import metrics, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
-from opentelemetry.propagate import extract, inject
-from opentelemetry.propagators.textmap import Getter, Setter
+from opentelemetry.propagate import extract, get_global_textmap, inject
+from opentelemetry.propagators.textmap import Getter, Setter, TextMapPropagator
 from opentelemetry.trace import Link, ProxyTracerProvider, Span, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
@@ -127,12 +130,12 @@ class RequestSpan:
             # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
             # in there is this request's. What stays the same while a host hands a request on is its list of headers.
             current = Context()
-        hosted = trace.get_current_span(current).get_span_context().is_valid
-        parent = current if hosted else extract(self._headers, context=_NOTHING, getter=_GETTER)
+        hosted = bool(current) and trace.get_current_span(current).get_span_context().is_valid
+        parent = current if hosted else _extract(self._headers)
         kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
         self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
-        serving = otel_context.set_value(_SERVING_KEY, self._headers, trace.set_span_in_context(self._span, current))
-        self._token = otel_context.attach(serving)
+        serving = Context({**current, _SERVING_KEY: self._headers})
+        self._token = otel_context.attach(trace.set_span_in_context(self._span, serving))
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
@@ -188,11 +191,41 @@ def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
 
 def inject_headers(headers: Headers, context: Context) -> None:
     """Write a trace context into the headers of a request to a backend, in place of any that it carries."""
-    is_valid = trace.get_current_span(context).get_span_context().is_valid
+    span = trace.get_current_span(context).get_span_context()
+    is_valid = span.is_valid
+    if is_valid and not span.trace_state and _is_w3c() and not _carries(headers) and not baggage.get_all(context):
+        # What the propagator would write, for a tenth of the price.
+        headers.append((b"traceparent", b"00-%032x-%016x-%02x" % (span.trace_id, span.span_id, span.trace_flags)))
+        return
     if is_valid and any(name == b"tracestate" for name, _ in headers):
         # A trace that begins here has no state: the client's must not stay beside it.
         headers[:] = [pair for pair in headers if pair[0] != b"tracestate"]
     inject(headers, context, setter=_SETTER)
+
+
+def _extract(headers: Headers) -> Context:
+    if _is_w3c() and not _carries(headers):
+        return _NOTHING
+    return extract(headers, context=_NOTHING, getter=_GETTER)
+
+
+_W3C = frozenset({b"traceparent", b"tracestate", b"baggage"})
+
+
+def _carries(headers: Headers) -> bool:
+    """Whether there is anything of a W3C trace context."""
+    return not _W3C.isdisjoint(dict(headers))
+
+
+@lru_cache(maxsize=4)
+def _only_w3c(propagator: TextMapPropagator) -> bool:
+    parts = getattr(propagator, "_propagators", (propagator,))  # of a composite; without them, no short cut
+    return all(type(part) in (TraceContextTextMapPropagator, W3CBaggagePropagator) for part in parts)
+
+
+def _is_w3c() -> bool:
+    """Whether contexts are carried in W3C's headers only, as they are by default."""
+    return _only_w3c(get_global_textmap())
 
 
 def _is_traced() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
 from pathlib import Path
@@ -37,6 +38,12 @@ FULL: dict[str, Any] = {
             "costs": {"sleep": 1.5, "wake": 8},
             "priority": "batch",
             "max_waiting": 7,
+            "parameters": {
+                "defaults": {"temperature": 0.7, "stop": None},
+                "forced": {"chat_template_kwargs": {"enable_thinking": False}},
+                "strip": ["seed"],
+                "aliases": {"best": {"forced": {"temperature": 0}}},
+            },
         },
         "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
         "own": {
@@ -121,6 +128,7 @@ def test_everything_can_be_set() -> None:
     assert config.models["own"].command == ("vllm", "serve", "own", "--port", "{port}")
     assert config.models["qwen"].timeouts.read is None
     assert (config.priorities, config.models["qwen"].priority) == ({"interactive": 30.0, "batch": 0.0}, "batch")
+    assert msgspec.to_builtins(config.models["qwen"].parameters)["strip"] == ("seed",)
     assert (config.models["qwen"].max_waiting, config.limits.max_waiting) == (7, None)
     switcher = ModelSwitcher.from_config(load_config({**FULL, "policy": {}, "memory": {}}))
     assert [switcher.priority(name) for name in ("best", "llama")] == ["batch", None]
@@ -224,6 +232,36 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         ({**MINIMAL, "priorities": {"low": -1}}, "$.priorities[...]: expected `float` >= 0.0"),
         (model(max_waiting=0), "$.models.qwen.max_waiting: expected `int` >= 1"),
+        (
+            model(parameters={"forced": {"model": "x"}}),
+            "$.models.qwen.parameters.forced: 'model' cannot be a parameter: the gateway sets it: use served_name",
+        ),
+        (
+            model(parameters={"strip": ["stream"]}),
+            (
+                "$.models.qwen.parameters.strip: 'stream' cannot be a parameter: "
+                "only the client knows in which form it reads its answer"
+            ),
+        ),
+        (
+            model(parameters={"defaults": {"seed": 1}, "strip": ["seed"]}),
+            "$.models.qwen.parameters.strip: 'seed' is in defaults too: one of them says it all",
+        ),
+        *(
+            (model(parameters={"defaults": {key: 1}}), f"$.models.qwen.parameters.defaults: {key!r} is no name of a parameter")
+            for key in ("  ", "a\nb", 'a"', "a\\", "\udc00")
+        ),
+        *(
+            (
+                model(parameters={"forced": {"a": {"b": [value]}}}),
+                f"$.models.qwen.parameters.forced.a.b[0]: {value!r} is not a value of JSON",
+            )
+            for value in (float("nan"), datetime.date(2026, 1, 1), "\udc00", {1: 2})
+        ),
+        (
+            model(aliases=["x"], parameters={"aliases": {"y": {}}}),
+            "$.models.qwen.parameters.aliases.y: is not one of the model's aliases",
+        ),
         ({**MINIMAL, "limits": {"max_headers": 1023}}, "$.limits.max_headers: expected `int` >= 1024"),
         ({**MINIMAL, "limits": {"body_timeout": 0}}, "$.limits.body_timeout: expected `float` > 0.0"),
         (

@@ -31,13 +31,13 @@ def spelled(text: str, escape: bool, ascii_only: bool) -> str:
 
 
 @st.composite
-def objects(draw: st.DrawFn, *, escapes: bool = False) -> bytes:
-    """The text of a JSON object, spelled in any way, in which a key may stand more than once."""
+def objects(draw: st.DrawFn, *, escapes: bool = False, more: tuple[str, ...] = ()) -> bytes:
+    """The text of a JSON object, spelled in any way, in which a key may stand more than once. `more`: keys to have in it."""
     ascii_only, space = draw(st.booleans()), draw(spaces)
     parts = [
         f"{space}{spelled(key, escapes and draw(st.booleans()) and key.isascii(), ascii_only)}{space}:{space}"
         f"{json.dumps(value, ensure_ascii=ascii_only)}{space}"
-        for key, value in draw(members)
+        for key, value in draw(st.lists(st.tuples(st.sampled_from(more) | keys, values), max_size=6) if more else members)
     ]
     return f"{space}{{{','.join(parts) or space}}}{space}".encode("utf-8", "surrogatepass")
 

@@ -22,15 +22,15 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config._values", "config._access", "config._models", "_estimates"],
+    ["exceptions", "config._values", "config._access", "config._parameters", "config._models", "_estimates"],
     ["config._load"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
     ["policy.fifo", "policy.gated_quantum", "policy.pressure", "policy.throughput"],
     ["policy._build"],
-    ["policy", "_queue", "_state", "_admission", "_forecast", "_backoff", "telemetry"],
-    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload"],
+    ["policy", "_queue", "_statistics", "_state", "_shares", "_admission", "_forecast", "_backoff", "telemetry"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters"],
     [
         "_body",
         "upstream._protocol",
@@ -72,7 +72,8 @@ LAYERS = [
         "backends._build",
         "backends",
     ],
-    ["_lease", "_decision", "_servers", "_steps", "_room", "_driver", "_proxy", "switcher"],
+    ["_orders", "_journal", "_record", "_lease", "_decision", "_servers", "_steps", "_room", "_reconcile", "_driver"],
+    ["_operations", "_proxy", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
@@ -91,7 +92,9 @@ PURE = [
     *POLICIES,
     "_estimates",
     "_queue",
+    "_statistics",
     "_state",
+    "_shares",
     "_admission",
     "_forecast",
     "_routes",

@@ -34,6 +34,7 @@ from ._models import (
     Task,
     TimeoutsConfig,
 )
+from ._parameters import ModelParametersConfig, ParametersConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -47,6 +48,8 @@ __all__ = [
     "LimitsConfig",
     "MemoryConfig",
     "ModelConfig",
+    "ModelParametersConfig",
+    "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
     "SecretConfig",

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from ._access import AccessConfig, KeyConfig, SecretConfig
+from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
 from ._values import PositiveInt, PositiveSeconds, Seconds
 from ._values import ValueConfigError as _ValueConfigError
@@ -113,6 +114,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tasks: Annotated[
         Annotated[tuple[Task, ...], Meta(min_length=1)] | None,
         Meta(description="What the model can do; requests for anything else get a 404 and cause no switch. null: all."),
+    ] = None
+    parameters: Annotated[
+        ModelParametersConfig | None,
+        Meta(description="What becomes of parameters in the JSON of requests; null: they are passed on as they are."),
     ] = None
     sleep_level: Annotated[
         SleepLevel | None,
@@ -346,6 +351,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             for index, alias in enumerate(model.aliases):
                 if (owner := owners.setdefault(alias, name)) != name or alias == name:
                     raise _ValueConfigError(f"models.{name}.aliases[{index}]", f"{alias!r} already names the model {owner!r}")
+            for alias in model.parameters.aliases if model.parameters is not None else ():
+                if alias != name and alias not in model.aliases:
+                    raise _ValueConfigError(f"models.{name}.parameters.aliases.{alias}", "is not one of the model's aliases")
 
     def check_key(self, where: str, key: KeyConfig) -> None:
         """Raise `ConfigError` if a client's key speaks of models or classes that there are not."""

@@ -32,7 +32,7 @@ _LOGS = "logging is the host's: loggers `llmux_asgi` and `llmux_asgi.vllm`"
 _LISTING = "`/v1/models` does not tell it"
 _GPU = "the gateway has no checkpoints: such a model's process is ended, and started again"
 _ALONE = "in a gateway one model is awake at a time: give models that stay awake a gateway of their own, or none"
-_BODY = "request bodies are passed on as they are: let clients, or the host around the gateway, set parameters"
+_PARAMETERS = "without `model` and `stream`, which are not the configuration's to change"
 _UI = "there is no such page"
 _FIXED_LIMITS = "fixed in the gateway"
 
@@ -108,9 +108,9 @@ _LLAMA_SWAP: tuple[Field, ...] = (
     Field("models.NAME.timeouts.tlsHandshake", "none", _FIXED_LIMITS),
     Field("models.NAME.timeouts.expectContinue", "none", _FIXED_LIMITS),
     Field("models.NAME.timeouts.idleConn", "none", _FIXED_LIMITS),
-    Field("models.NAME.filters.stripParams", "none", _BODY),
-    Field("models.NAME.filters.setParams", "none", _BODY),
-    Field("models.NAME.filters.setParamsByID", "note", f"its names became `aliases`; {_BODY}"),
+    Field("models.NAME.filters.stripParams", "converted", f"`parameters.strip`, {_PARAMETERS}"),
+    Field("models.NAME.filters.setParams", "converted", f"`parameters.forced`, {_PARAMETERS}"),
+    Field("models.NAME.filters.setParamsByID", "converted", "`aliases`, and `parameters.aliases`"),
     Field("models.NAME.concurrencyLimit", "none", "set vLLM's `--max-num-seqs`; `max_waiting` bounds the requests that wait"),
     Field("models.NAME.name", "none", _LISTING),
     Field("models.NAME.description", "none", _LISTING),

@@ -100,6 +100,7 @@ class _Model:
             **({"env": env} if (env := self._env()) else {}),
             **kind,
             **self._names(served),
+            **self._parameters(),
             **({"sleep_level": level} if level else {}),
             **self._timeouts(loads="start", wakes_by_loading=command.kind == "llama.cpp", container=command.container),
         }
@@ -120,6 +121,7 @@ class _Model:
             "url": url,
             "hooks": hooks,
             **self._names(self._text("useModelName")),
+            **self._parameters(),
             **self._timeouts(loads="wake", wakes_by_loading=True),
         }
 
@@ -186,6 +188,40 @@ class _Model:
             if alias and alias != self.name and alias not in names:
                 names.append(alias)
         return {**({"served_name": served} if served and served != self.name else {}), **({"aliases": names} if names else {})}
+
+    def _parameters(self) -> dict[str, Any]:
+        filters = mapping_at(self.model, "filters", self.where)
+        where = f"{self.where}filters."
+        forced = self._forced(mapping_at(filters, "setParams", where), f"{where}setParams")
+        strip = dict.fromkeys(name.strip() for name in self._expand(str(filters.get("stripParams") or ""), where).split(","))
+        by_name: dict[str, dict[str, Any]] = {}
+        for each in (by_id := mapping_at(filters, "setParamsByID", where)):
+            name = self._expand(each, f"{where}setParamsByID")
+            if own := self._forced(mapping_at(by_id, each, f"{where}setParamsByID."), f"{where}setParamsByID"):
+                by_name[name] = {"forced": own}
+        found: dict[str, Any] = {
+            "forced": forced,
+            "strip": [name for name in strip if name and name not in forced and name not in ("model", "stream")],
+            "aliases": by_name,
+        }
+        found = {key: value for key, value in found.items() if value}
+        return {"parameters": found} if found else {}
+
+    def _forced(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        return {name: self._values(value, where) for name, value in given.items() if name not in ("model", "stream")}
+
+    def _values(self, value: Any, where: str) -> Any:
+        """Replace macros in the texts of a value. A text that is a macro becomes what that is, a number for instance."""
+        match value:
+            case str():
+                if (only := re.fullmatch(r"\$\{([\w-]+)\}", value)) and isinstance(self._macros.get(only[1]), int | float):
+                    return self._macros[only[1]]
+                return self._expand(value, where)
+            case list():
+                return [self._values(each, where) for each in value]
+            case dict():
+                return {str(name): self._values(each, where) for name, each in value.items()}
+        return value
 
     def _env(self) -> dict[str, str]:
         env: dict[str, str] = {}

@@ -128,6 +128,8 @@ def configuration_keys() -> dict[str, str]:
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
         "SecretConfig": "models.NAME.api_key.",
+        "ModelParametersConfig": "models.NAME.parameters.",
+        "ParametersConfig": "models.NAME.parameters.",  # the same ones by alias
     }
     structs = json_schema()["$defs"]
     assert structs.keys() == prefixes.keys()
@@ -204,6 +206,8 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
         exceptions.QueueFullError: exceptions.QueueFullError("m", "why"),
         exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
         exceptions.SwitchError: exceptions.SwitchError("m", "why"),
+        exceptions.DrainingError: exceptions.DrainingError(),
+        exceptions.OperationError: exceptions.OperationError("why"),
         exceptions.InterruptedRequestError: exceptions.InterruptedRequestError("m"),
         exceptions.UpstreamError: exceptions.UpstreamError("m", "why"),
     }

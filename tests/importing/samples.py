@@ -114,8 +114,8 @@ models:
     compat: {ignoreWebsockets: true}
     useModelName: org/tuned
     filters:
-      stripParams: temperature, top_p
-      setParams: {top_k: 4}
+      stripParams: temperature, top_p, top_k, model
+      setParams: {top_k: 4, heat: "${heat}", stop: ["<${ctx}>", 1, {a: null}], stream: true}
       setParamsByID:
         "${MODEL_ID}": {think: medium}
         "${MODEL_ID}:high": {think: high}

@@ -48,6 +48,19 @@ def test_the_model_with_everything() -> None:
     assert (timeouts.connect, timeouts.read, timeouts.start, timeouts.wake, timeouts.stop) == (7, 45, 400, 400, 5)
 
 
+def test_filters_become_parameters() -> None:
+    models = imported(LLAMA_SWAP).config.models
+    parameters = models["tuned"].parameters
+    assert parameters is not None
+    assert parameters.strip == ("temperature", "top_p")
+    assert parameters.forced == {"top_k": 4, "heat": 0.5, "stop": ["<8192>", 1, {"a": None}]}
+    assert {name: each.forced for name, each in parameters.aliases.items()} == {
+        "tuned": {"think": "medium"},
+        "tuned:high": {"think": "high"},
+    }
+    assert models["plain"].parameters is None
+
+
 def test_a_plain_vllm_and_one_in_a_container() -> None:
     models = imported(LLAMA_SWAP).config.models
     plain, boxed = models["plain"], models["boxed"]
