@@ -18,7 +18,10 @@ def hash_one(
     stdin: Annotated[bool, typer.Option("--stdin", help="Hash the key that standard input holds, make none.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make a random API key and its hash: the key is for the client, the hash for the gateway's configuration."""
+    """Make a random API key and its hash: the key is for the client, the hash for the gateway's configuration.
+
+    Exit status: 0.
+    """
     key = sys.stdin.read().strip() if stdin else new_key()
     if json:
         print_json({**({} if stdin else {"key": key}), "hash": hash_key(key)})

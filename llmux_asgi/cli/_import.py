@@ -22,7 +22,10 @@ def import_(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="YAML file to write; default: stdout.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print configuration and report as JSON.")] = False,
 ) -> None:
-    """Import a configuration of llmux or llama-swap, and say of each field what became of it."""
+    """Import a configuration of llmux or llama-swap, and say of each field what became of it.
+
+    Exit status: 0 written, with what has no counterpart told; 2 the file is neither program's, or the output is there already.
+    """
     try:
         run(file, program, output, as_json=json)
     except LLMuxError as error:

@@ -100,7 +100,7 @@ def unpin(url: UrlOption = None, key_file: KeyFileOption = None, config: ConfigO
 @app.command(rich_help_panel=REMOTE)
 def drain(
     wait: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Wait until all is done, for so long at most.")
+        float | None, typer.Option(min=0, max=3600, metavar="SECONDS", help="Wait until all is done, for so long at most.")
     ] = None,
     url: UrlOption = None,
     key_file: KeyFileOption = None,

@@ -16,5 +16,5 @@ __all__ = ["schema"]
 def schema(
     json: Annotated[bool, typer.Option("--json", help="Changes nothing: it always is JSON.")] = False,
 ) -> None:
-    """Print the JSON schema of the configuration file."""
+    """Print the JSON schema of the configuration file, for an editor. Exit status: 0."""
     print_json(json_schema())

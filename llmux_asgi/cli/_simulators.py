@@ -46,7 +46,10 @@ def sim_vllm(
     fault: Annotated[list[str] | None, typer.Option(help="WHAT:NTH:ACTION, e.g. sleep:2:fail.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: name, url.")] = False,
 ) -> None:
-    """Run a simulated vLLM server: vLLM's API and sleep mode without a GPU."""
+    """Run a simulated vLLM server: vLLM's API and sleep mode without a GPU. Says in one line where it listens.
+
+    Exit status: 0 ended by SIGINT; 1 the port is taken, or the simulated GPU is full; 2 an option is wrong.
+    """
     options = {
         "name": name,
         "host": host,
@@ -107,7 +110,10 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write an HTML page: who was active when, and the waits.")] = None,
 ) -> None:
-    """Play a load against every switch policy, in virtual time, and compare their waits with what is possible at best."""
+    """Play a load against every switch policy, in virtual time, and compare their waits with what is possible at best.
+
+    Exit status: 0 done; 2 the load or the configuration cannot be used.
+    """
     try:
         run_simulation(
             trace,

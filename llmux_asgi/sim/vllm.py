@@ -44,7 +44,7 @@ try:
 except ImportError:  # comes with the extra `server`, but not on every platform
     _new_event_loop = asyncio.new_event_loop
 
-__all__ = ["SimVLLM", "serve"]
+__all__ = ["SimVLLM", "ready_line", "serve"]
 
 
 class _Faults(msgspec.Struct, forbid_unknown_fields=True):
@@ -211,15 +211,18 @@ def serve(options: SimOptions, *, as_json: bool = False) -> None:
             runner.run(_serve(options, listener, as_json))
 
 
+def ready_line(name: str, host: str, port: int, *, as_json: bool = False) -> str:
+    """What is printed when the server listens. The URL is the last word."""
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if as_json:
+        return msgspec.json.encode({"name": name, "url": url}).decode()
+    return f"sim-vllm {name} ready on {url}"
+
+
 async def _serve(options: SimOptions, listener: socket.socket, as_json: bool) -> None:
     app = SimVLLM(options)
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    ready = (
-        msgspec.json.encode({"name": options.name, "url": url}).decode()
-        if as_json
-        else f"sim-vllm {options.name} ready on {url}"
-    )
+    ready = ready_line(options.name, host, port, as_json=as_json)
     config = uvicorn.Config(
         app,
         lifespan="off",
