@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -111,6 +112,11 @@ class AnswerHead:
         if named:
             kept = [pair for pair in kept if pair[0] not in named]
         return cls(kept, None if chunked else length, events and not encoded)
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Say whether an answer with these headers is a stream of server-sent events."""
+    return any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
 
 
 def _tokens(value: bytes) -> set[bytes]:

@@ -15,7 +15,7 @@ import msgspec
 from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
-from . import telemetry as names
+from . import _names as names
 from ._errors import error_event
 from ._lease import Freeze, Lease
 from ._openai import (
@@ -83,7 +83,7 @@ class Proxy:
         write_timeout: float = 60.0,
     ) -> None:
         self.targets = {name: Target.of(name, model, max_frozen) for name, model in models.items()}
-        self._upstream = Http1Upstream() if upstream is None else upstream
+        self.upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
         self._write_timeout = write_timeout
         self._relays: set[_Relay] = set()
@@ -97,7 +97,7 @@ class Proxy:
             body = await _read_body(receive)
         if body is not None:
             target = self.targets[scope[SCOPE_LEASE].model]
-            relay = _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout)
+            relay = _Relay(scope, receive, send, target, self.upstream, self._heartbeat, self._write_timeout)
             self._relays.add(relay)
             self._clients.add(relay)
             try:
@@ -110,7 +110,7 @@ class Proxy:
         """End what is under way, with an error to its clients, and close the connections to the servers."""
         for relay in self._relays:
             relay.cancel()
-        await self._upstream.aclose()
+        await self.upstream.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +395,7 @@ class _Relay:
             raise error
         logger.warning("%s", error)
         failed(trace.get_current_span(), error)
+        self._lease.count_failure(error)
         if self._streams_events:
             await self._pass_on(error_event(error, self._address.route.errors), last=True)
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Awaitable, Collection, Mapping
 from typing import Literal
 
@@ -12,12 +13,12 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import telemetry as names
+from . import _names as names
 from ._errors import describe
 from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
-from ._openai import PRIORITY_HEADER, Headers
+from ._openai import PRIORITY_HEADER, Headers, is_event_stream
 from ._parameters import Parameters
 from ._payload import read_payload
 from ._proxy import SCOPE_ADDRESS, SCOPE_BODY, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
@@ -147,6 +148,10 @@ class _Responder:
     _disconnected = False
     _lease: Lease | None = None
     _status = 0
+    _refused = False
+    """Whether the answer is an error of the gateway's own."""
+    _streamed = False
+    """Whether the answer is a stream of events; known if its first byte is waited for."""
 
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
@@ -162,7 +167,7 @@ class _Responder:
         """Attributes for the span, which takes all at once for the price of one."""
         self._receive = receive
         self._upload = Upload(middleware.intake, receive)
-        self._send = send
+        self._send = self._until_first_byte(send) if middleware.switcher.telemetry.is_measured else send
         self._address = address
         self._span = span
         self._times = RequestTimes() if middleware.request_log is not None else None
@@ -204,6 +209,7 @@ class _Responder:
             if self._status:
                 raise
             failed(self._span, exc)
+            self._switcher.telemetry.request_failed(model, exc)
             if isinstance(exc, SwitchError) and exc.switch is not None:
                 self._span.add_link(exc.switch)
             if not isinstance(exc, _NOT_LOGGED):
@@ -213,8 +219,7 @@ class _Responder:
             self._upload.close()
             if self._span.is_recording():
                 self._span.set_attributes(self._noted)
-            counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
-            self._switcher.telemetry.requests.add(1, counted)
+            self._switcher.telemetry.answered(model, self._status)
             if model and self._times is not None and self._middleware.request_log is not None:
                 frozen = self._lease.frozen_time if self._lease is not None else 0.0
                 key = self._grant.identity.name if self._grant is not None else None
@@ -249,7 +254,8 @@ class _Responder:
             self._times.admitted(self._waited)
         if self._waited:
             self._noted[names.QUEUE_TIME] = self._waited
-        self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: lease.model})
+        if lease.waited:
+            self._switcher.telemetry.queued(lease.model, lease.waited)
         if lease.switch is not None:
             self._span.add_link(lease.switch)
         if self._grant is not None:
@@ -347,7 +353,24 @@ class _Responder:
             if self._times is not None:
                 self._times.ended()
 
+    def _until_first_byte(self, send: Send) -> Send:
+        """Note how long the first byte of a server's answer takes; what comes after it passes by."""
+        begun = time.monotonic()
+
+        def watched(message: Message) -> Awaitable[None]:
+            if message.get("body"):
+                self._send = send
+                if self._lease is not None and not self._refused:
+                    seconds, streamed = time.monotonic() - begun, self._streamed
+                    self._switcher.telemetry.first_byte(self._lease.model, seconds, streamed=streamed)
+            elif message["type"] == "http.response.start":
+                self._streamed = is_event_stream(message["headers"])
+            return send(message)
+
+        return watched
+
     async def _refuse(self, exc: LLMuxError) -> None:
+        self._refused = True
         answer = describe(exc, self._address.route.errors)
         headers = answer.headers
         if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):

@@ -10,7 +10,10 @@ import asyncio
 import gc
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError as error:
+    raise ImportError(f"llmux_asgi.serving needs the extra server: pip install 'llmux-asgi[server]' ({error})") from error
 
 __all__ = ["GatheringProtocol", "tune_garbage_collection"]
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmux_asgi import LLMuxApp, PressurePolicy, load_config
-from llmux_asgi import telemetry as names
+from llmux_asgi import _names as names
 from llmux_asgi.policy import build_policy
 from tests.support.host import build, serve_on_asyncio
 
