@@ -231,7 +231,7 @@ def _refused(answer: httpx.Response, url: str) -> RemoteError:
     if code == 401:
         if "authorization" not in answer.request.headers:
             return RemoteError(f"{url} wants an admin key: name its file by --key-file, or set {KEY_VARIABLE}", UNUSABLE, code)
-        return RemoteError(f"{url} refuses the admin key. Is it one of admin.keys?", UNUSABLE, code)
+        return RemoteError(f"{url} refuses the admin key: {message or 'is it one of admin.keys?'}", UNUSABLE, code)
     if (message is None and code < 500) or (code == 404 and "/api/models/" not in answer.request.url.path):
         return _no_admin_api(url, code)
     status = UNUSABLE if code in (400, 403, 404, 422) else FAILED

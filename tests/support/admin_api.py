@@ -146,7 +146,8 @@ class FakeAdmin:
     async def _events(self, request: Request) -> AsyncIterator[str]:
         after = request.headers.get("last-event-id")
         self.asked_after.append(after)
-        told, seen = 0, None
+        told = 0
+        seen: str | None = None
         if after is not None:
             epoch, _, number = after.rpartition("-")
             if epoch == self.epoch:
@@ -157,9 +158,9 @@ class FakeAdmin:
             if (now := json.dumps(self.status())) != seen:
                 seen = now
                 yield f": \n\nevent: status\ndata: {now}\n\n"
-            for number, (kind, data) in enumerate(self.events[told:], told + 1):
-                told = number
-                yield f"id: {self.epoch}-{number}\nevent: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+            for kind, data in self.events[told:]:
+                told += 1
+                yield f"id: {self.epoch}-{told}\nevent: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
             if self.cut:
                 return
             await anyio.sleep(0.01)
