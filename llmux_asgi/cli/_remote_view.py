@@ -98,7 +98,7 @@ def _count(number: int) -> str:
 def summary(status: GatewayStatus) -> str:
     """Totals since the start."""
     totals, shares = status.totals, status.shares
-    parts = [f"{totals.switches} switches"]
+    parts = [f"{totals.switches} switch{'' if totals.switches == 1 else 'es'}"]
     parts += [f"{number} {word}" for number, word in ((totals.abandoned, "abandoned"), (totals.failures, "failed")) if number]
     spent = shares.serving + shares.switching + shares.idle
     if spent > 0:
