@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import errno
 import logging
@@ -28,6 +29,8 @@ from ._app import FAILED, SETUP, UNUSABLE, app, fail
 
 __all__ = ["Server", "ready_line", "serve"]
 
+logger = logging.getLogger(__name__)
+
 _MARGIN = 5.0
 """Seconds that connections have beyond `limits.shutdown`: for the errors that aborted requests end with."""
 
@@ -52,7 +55,7 @@ def serve(
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: models, url.")] = False,
 ) -> None:
-    """Run the gateway. Says in one line where it listens; SIGTERM and SIGINT end it in order.
+    """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order, SIGHUP reads the configuration anew.
 
     Exit status: 0 ended by a signal; 1 the port is taken, or a server cannot do what the configuration asks for; 2 the
     configuration cannot be used.
@@ -109,7 +112,8 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         with self.told_to_stop():
             async with self._gateway.lifespan():
-                await super().serve(sockets)
+                with self.told_to_reload():
+                    await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -144,6 +148,36 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def told_to_reload(self) -> Iterator[None]:
+        """Take SIGHUP, where there is one, for the wish to read the configuration anew."""
+        if (number := getattr(signal, "SIGHUP", None)) is None:
+            yield
+            return
+        loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+        def reload() -> None:
+            task = loop.create_task(self.reload())
+            tasks.add(task)  # asyncio keeps only weak references
+            task.add_done_callback(tasks.discard)
+
+        loop.add_signal_handler(number, reload)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(number)
+            for task in tasks:
+                task.cancel()
+
+    async def reload(self) -> None:
+        """Read the configuration anew; one that cannot be used is logged, and nothing changes."""
+        try:
+            await self._gateway.reload()
+        except LLMuxError as error:
+            logger.error("the configuration was not read anew, that of before stays valid: %s", error)
+        else:
+            self.config.timeout_graceful_shutdown = int(self._gateway.config.limits.shutdown + _MARGIN)
 
 
 def _set_up_logging(level: LogLevel) -> None:
