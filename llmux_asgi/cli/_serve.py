@@ -55,7 +55,7 @@ def serve(
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: models, url.")] = False,
 ) -> None:
-    """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order, SIGHUP reads the configuration anew.
+    """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order; SIGHUP reloads the configuration.
 
     Exit status: 0 ended by a signal; 1 the port is taken, or a server cannot do what the configuration asks for; 2 the
     configuration cannot be used.
