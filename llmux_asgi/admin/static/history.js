@@ -149,7 +149,8 @@ export class History {
     if (!entry.to || !entry.longest_wait) return;
     const { waits } = this.row(entry.to);
     const start = entry.time - entry.longest_wait;
-    const seen = waits.find((each) => (each.end ?? entry.time) > start + 0.5 && each.start < entry.time);
+    const last = waits.at(-1); // an older one has ended before this switch began, or is of an earlier one
+    const seen = last && (last.end ?? entry.time) > start + 0.5 && last.start < entry.time ? last : null;
     if (seen) {
       seen.count = Math.max(seen.count, entry.served);
       seen.longest = Math.max(seen.longest, entry.longest_wait);
@@ -211,5 +212,5 @@ export class History {
 
 function push(items, item) {
   items.push(item);
-  if (items.length > MOST) items.splice(0, items.length - MOST);
+  if (items.length > MOST * 1.1) items.splice(0, items.length - MOST); // some at a time: it moves all others
 }
