@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-ui screenshots lint types docs clean
+.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-packaging test-ui screenshots lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -52,6 +52,9 @@ test-ui: $(VENV)/.ui ## the dashboard in a real Chromium (Debian's, installed by
 screenshots: $(VENV)/.ui ## take the pictures of the dashboard in docs/ anew
 	@$(BIN)/python -m tests.ui.screenshots
 
+test-packaging: $(VENV)/.packaging ## wheel and sdist in empty environments, the tutorial word for word, nginx, Kubernetes manifests
+	@$(BIN)/python -m pytest -m packaging tests/packaging $(ARGS)
+
 lint: $(VENV)/.lint ## ruff: rules and format
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -87,6 +90,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.pip
 $(VENV)/.ui: pyproject.toml $(VENV)/.test
 	@echo "installing what the dashboard's tests need into $(VENV)" >&2
 	@$(PIP) install --group ui
+	@touch $@
+
+$(VENV)/.packaging: pyproject.toml $(VENV)/.test
+	@echo "installing what the packaging tests need into $(VENV)" >&2
+	@$(PIP) install --group packaging
 	@touch $@
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.test
