@@ -195,7 +195,18 @@ HISTORY = """async () => {
   history.observe({ time: 6000, started: 0, epoch: "first", last_event: 60001, models });
   const later = sizes();
   history.add("second-1", "model", { time: 6010, model: "a", state: "awake" });
-  return { taken, full, later, gaps: history.gaps, states: history.states("a").map((each) => [each.state, each.end]) };
+  const young = new History();
+  const waiting = (time, n) => young.observe({ time, started: 0, epoch: "e", last_event: 2,
+    models: [{ name: "a", state: "asleep", waiting: n, oldest_wait: n ? time - 80 : null }] });
+  waiting(90, 2);
+  const switched = (id, time, served, longest_wait) => young.add(`e-${id}`, "switched",
+    { time, switch: id, from: null, to: "a", outcome: "completed", duration: 3, served, longest_wait });
+  switched(1, 70, 1, 9);
+  waiting(95, 3);
+  switched(2, 97, 4, 17);
+  waiting(98, 0);
+  const waits = young.waits("a").map((each) => [each.start, each.end, each.count, each.longest]);
+  return { taken, waits, full, later, gaps: history.gaps, states: history.states("a").map((each) => [each.state, each.end]) };
 }"""
 
 
@@ -204,6 +215,7 @@ def test_what_the_page_keeps_is_bounded_and_each_entry_counts_once(browser: Brow
         found = page.evaluate(HISTORY)
     assert found["taken"] == [True, False]
     assert max(found["full"]) <= 5500
+    assert found["waits"] == [[61, 70, 1, 9], [80, 97, 4, 17]]  # an old one that is told later, and one that was seen to end
     assert found["later"] == [0, 1, 0, 0]  # an hour and more afterwards; the state goes on
     assert [(each["start"], each["end"]) for each in found["gaps"]] == [(6000, 6010)]
     assert found["states"][-1] == ["awake", None]

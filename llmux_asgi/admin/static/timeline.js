@@ -103,7 +103,7 @@ export class Timeline {
     const stirs = (name) => {
       const row = history.row(name);
       return history.states(name).some((each) => each.state === "awake" && (each.end ?? end) > start && each.start < end)
-        || [row.phases, row.waits].some((items) => items.some((each) => (each.end ?? end) > start && each.start < end));
+        || [row.phases, history.waits(name)].some((items) => items.some((each) => (each.end ?? end) > start && each.start < end));
     };
     const many = this.#order.length > MANY;
     show($("quiet-box"), many);
@@ -167,7 +167,7 @@ export class Timeline {
         if (height < 15 || left < 0) return;
         this.#write(context, [`${item.phase} ${duration(Math.min(to, end) - item.start)}`, item.phase], item.phase, left, top + 2, wide, height - 4);
       });
-      each(row.waits, (item, left, wide, to) => {
+      each(history.waits(name), (item, left, wide, to) => {
         if (wait < 12) return this.#paint(context, "waiting", left, top + height + 1, wide, wait);
         context.globalAlpha = 0.25;
         this.#paint(context, "waiting", left, top + height + 2, wide, wait);
@@ -364,7 +364,7 @@ export class Timeline {
     const exact = (items) => items.findLast((each) => each.start <= time && (each.end ?? end) >= time);
     const phase = exact(row.phases) ?? at(row.phases);
     const state = exact(this.#history.states(name));
-    const wait = at(row.waits);
+    const wait = at(this.#history.waits(name));
     const mark = this.#history.marks.findLast((each) => Math.abs(each.time - time) <= slack && (!each.model || each.model === name));
     const lines = [`${name} · ${clock(time)}`];
     if (phase) lines.push(`${phase.phase}: ${duration((phase.end ?? end) - phase.start)}`);
