@@ -98,6 +98,8 @@ class LLMuxApp:
             request_log=self.config.request_log,
             tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
             models=self.config.models,
+            loading_notice=self.config.loading_notice,
+            heartbeat=self.config.limits.heartbeat,
         )
         self._access: AccessControl | None = None
         if self.config.access is not None or identify is not None:

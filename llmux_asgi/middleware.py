@@ -6,6 +6,7 @@ import io
 import logging
 import os
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Literal
 
 import anyio
@@ -18,6 +19,7 @@ from ._errors import describe
 from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
+from ._notice import Notice, Notices
 from ._openai import PRIORITY_HEADER, Headers
 from ._parameters import Parameters
 from ._payload import read_payload
@@ -25,7 +27,7 @@ from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
-from .config import ModelConfig, Task
+from .config import LoadingNotice, ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
     BodyTooLargeError,
@@ -82,6 +84,9 @@ class LLMuxMiddleware:
     requests together.
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
     `models` gives the models that are configured with `parameters`: `app` gets bodies that have them.
+    With `loading_notice` other than `none`, requests for a stream on OpenAI's and Anthropic's routes get a sign of life every
+    `heartbeat` seconds while they wait. `app` must answer those by server-sent events; what else it answers becomes an error
+    event, and its headers are lost.
     """
 
     def __init__(
@@ -98,12 +103,15 @@ class LLMuxMiddleware:
         request_log: str | os.PathLike[str] | None = None,
         tasks: Mapping[str, Collection[Task]] | None = None,
         models: Mapping[str, ModelConfig] | None = None,
+        loading_notice: LoadingNotice = "none",
+        heartbeat: float = 10.0,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.addresses = {path: address_of(path) or Address(Route(path, task=None), path) for path in paths}
         self.tasks = tasks or {}
         self.parameters = Parameters.of(models or {})
+        self.notices = Notices(loading_notice, heartbeat)
         self.unknown = unknown
         self.max_body = max_body
         self.intake = Intake(max_headers, body_timeout, max_buffered)
@@ -164,6 +172,8 @@ class _Responder:
         self._waited = 0.0
         self._priority: str | None = None
         self._disconnected = False
+        self._notice: Notice | None = None
+        """Present once it has waited, if it is to be told of that."""
         self._lease: Lease | None = None
         self._status = 0
         self._times = RequestTimes() if middleware.request_log is not None else None
@@ -212,6 +222,8 @@ class _Responder:
             await self._refuse(exc)
         finally:
             self._upload.close()
+            if self._notice is not None:
+                self._notice.stop()
             if self._span.is_recording():
                 self._span.set_attributes(self._noted)
             counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
@@ -258,6 +270,8 @@ class _Responder:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
         lease: Lease | None = None
         error: LLMuxError | None = None
+        if (notice := self._notice or self._make_notice(model)) is not None:
+            notice.start()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch_client, tasks.cancel_scope)
@@ -275,7 +289,32 @@ class _Responder:
             raise
         if error is not None:
             raise error
+        if notice is not None:
+            notice.admitted()
         return lease
+
+    def _make_notice(self, model: str) -> Notice | None:
+        """Have the client told that its request waits, if it asked for a stream."""
+        notices, route = self._middleware.notices, self._address.route
+        if not notices.fit(route) or not self._asks_for_a_stream():
+            return None
+        progress, grant = partial(self._switcher.progress, model), self._grant
+        if grant is None:
+            self._notice = Notice(notices, route, model, self._send, progress)
+            self._send = self._notice.send
+        else:
+            # What the client has left is reckoned from the answer, and not from the notices.
+            self._notice = Notice(notices, route, model, grant.send, progress, grant.headers)
+            grant.send = self._notice.send
+        return self._notice
+
+    def _asks_for_a_stream(self) -> bool:
+        if self._named is not None:
+            return bool(self._noted.get(names.GEN_AI_REQUEST_STREAM))
+        try:
+            return read_payload(self._address.route, self._headers, self._body or b"")[1]
+        except InvalidRequestError:
+            return False
 
     async def _find_name(self) -> str:
         self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))

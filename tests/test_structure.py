@@ -46,6 +46,7 @@ LAYERS = [
         "_waiting",
         "_websocket",
         "_spawn",
+        "_notice",
         "_estimates_file",
         "_request_log",
         "_process",
