@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._estimates import ModelCosts
+    from ._journal import Journal, JournalEntry
     from ._lease import Lease
     from ._state import Mode, Phase, SwitcherStatistics
+    from ._statistics import ErrorRecord, SwitchStatus
     from .access import Identity
     from .app import LLMuxApp
     from .backends import (
@@ -53,11 +55,13 @@ if TYPE_CHECKING:
         BodyTooLargeError,
         BuffersFullError,
         ConfigError,
+        DrainingError,
         EncodedBodyError,
         HeadersTooLargeError,
         InterruptedRequestError,
         InvalidRequestError,
         LLMuxError,
+        OperationError,
         PermissionDeniedError,
         PolicyError,
         QueueFullError,
@@ -102,7 +106,9 @@ __all__ = [
     "ConfigError",
     "CostsConfig",
     "Defer",
+    "DrainingError",
     "EncodedBodyError",
+    "ErrorRecord",
     "FifoPolicy",
     "FreezingBackend",
     "GatedQuantumPolicy",
@@ -114,6 +120,8 @@ __all__ = [
     "Identity",
     "InterruptedRequestError",
     "InvalidRequestError",
+    "Journal",
+    "JournalEntry",
     "KeyConfig",
     "LLMuxApp",
     "LLMuxError",
@@ -129,6 +137,7 @@ __all__ = [
     "ModelParametersConfig",
     "ModelSwitcher",
     "OllamaBackend",
+    "OperationError",
     "Origin",
     "ParametersConfig",
     "PermissionDeniedError",
@@ -150,6 +159,7 @@ __all__ = [
     "SwitchError",
     "SwitchNow",
     "SwitchPolicy",
+    "SwitchStatus",
     "SwitcherStatistics",
     "ThroughputPolicy",
     "TimeoutsConfig",
@@ -169,6 +179,8 @@ _HOMES = (
     "policy",
     "_estimates",
     "_state",
+    "_statistics",
+    "_journal",
     "backends",
     "_lease",
     "switcher",

@@ -41,6 +41,10 @@ class Backoff:
         """Say whether the last switch to `model` failed."""
         return model in self._failures
 
+    def retry_in(self, now: float) -> dict[str, float]:
+        """In how many seconds those may be tried again that are to be left alone now, by model."""
+        return {model: each.retry_at - now for model, each in self._failures.items() if each.retry_at > now}
+
     def pausing(self, model: str, now: float) -> Failure | None:
         """Return the failure because of which `model` is to be left alone now, if there is one."""
         failure = self._failures.get(model)

@@ -82,6 +82,8 @@ class Decider:
     def choose(self) -> str | None:
         """Ask for each model that has waiting requests, the longest wait first; `None`: for none of them now."""
         self.ask_again_at = math.inf
+        if self._state.held:
+            return None
         situation = self._look()
         for model in situation.depths:
             if deferral := self._deferrals.get(model):

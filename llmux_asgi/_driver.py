@@ -7,25 +7,29 @@ reach into a step that is on the wire.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import anyio
-from opentelemetry import trace
 from opentelemetry.context import Context
 
 from . import telemetry as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._estimates import Estimates
-from ._lease import Activation, Lease, Waiter
+from ._journal import Journal
+from ._lease import Lease, Waiter
+from ._orders import Order, OrderKind
+from ._reconcile import Reconciler
+from ._record import SwitchRecords
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
-from ._state import Mode
+from ._state import Mode, Phase, Ticket
 from ._steps import Steps
-from .exceptions import BackendError, LLMuxError, PolicyError, SwitchError
+from .exceptions import LLMuxError, OperationError, PolicyError, SwitchError
 from .policy import SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
 
@@ -51,6 +55,7 @@ class Driver:
         policy: SwitchPolicy,
         backoff: Backoff,
         telemetry: Telemetry,
+        journal: Journal,
         sleep_level: Callable[[str], int],
         clock: Callable[[], float],
         estimates: Estimates,
@@ -62,15 +67,18 @@ class Driver:
         self._policy = policy
         self._backoff = backoff
         self._telemetry = telemetry
+        self._journal = journal
+        self.records = SwitchRecords(journal, telemetry, clock)
         self._sleep_level = sleep_level
         self._clock = clock
         self._save_estimates = save_estimates
-        self._steps = Steps(servers, room.state, telemetry, sleep_level, estimates, clock)
+        self._steps = Steps(servers, room.state, self.records, sleep_level, estimates, clock)
         self._decider = Decider(policy, room.state, clock, self._blame_policy, lambda: room.changed.set(), self._steps.costs)
         room.drop_deferral = self._decider.drop
+        self._orders: deque[Order] = deque()
         self._lock: anyio.Lock | None = None
-        self._freeze_limit: float | None = None
-        """For how long the requests of the outgoing model may be frozen in the present switch; `None`: they are not."""
+        self.reconcile = Reconciler(room, servers, backoff, journal, sleep_level)
+        """Adopt what the servers say. Only under the lock."""
         self.driving = False
         self.stopped = anyio.Event()
         """Set when the task has ended."""
@@ -85,12 +93,24 @@ class Driver:
         return self._steps.costs()
 
     def wake(self) -> None:
-        """Somebody has come to wait: decide, in a task that ends when nobody waits any more."""
+        """Somebody has come to wait, or there is an order: decide, in a task that ends when there is nothing left to do."""
         self._room.changed.set()
         if not self.driving:
             self.driving = True
             self.stopped = anyio.Event()
             spawn(self._drive, "llmux_asgi switcher")
+
+    def order(self, order: Order) -> None:
+        """Have `order` carried out, after the switch that is under way and before the next one."""
+        self._orders.append(order)
+        self.wake()
+
+    def refuse_orders(self, reason: str) -> None:
+        """Refuse the orders that wait, and give up the one that is being carried out, if that can be."""
+        while self._orders:
+            self._orders.popleft().finish(OperationError(reason))
+        if self._room.give_up is not None and self._state.target is None:
+            self._room.give_up.cancel()
 
     async def _drive(self) -> None:
         try:
@@ -98,25 +118,33 @@ class Driver:
                 await self._serve_queues()
         except Exception as exc:
             logger.exception("the switcher met an unexpected error")
+            self._journal.error(None, type(exc).__name__, f"unexpected error: {exc!r}")
             self._room.refuse_all(f"unexpected error: {exc!r}")
         finally:
             self.driving = False
             self._decider.drop_all()
             if self._state.mode is Mode.SWITCHING:
                 self._room.grant(self._state.fail())
+                self.records.end("failed")
             # Somebody still waits only if the event loop is being closed around this task.
             self._room.refuse_all(CLOSING)
+            self.refuse_orders(CLOSING)
             self.stopped.set()
 
     async def _serve_queues(self) -> None:
-        while self._state.waiting_models():
+        while self._state.waiting_models() or self._orders:
             self._room.changed = anyio.Event()
             if self._state.mode is Mode.UNKNOWN:
                 async with self.exclusively():
-                    await self.reconcile()
+                    unclear = await self.reconcile()
+                if unclear is not None:
+                    self.refuse_orders(unclear)
                 if self._state.mode is Mode.UNKNOWN and self._state.waiting_models():
                     with anyio.move_on_after(_ASK_AGAIN):
                         await self._room.changed.wait()
+            elif self._orders:
+                async with self.exclusively():
+                    await self._carry_out(self._orders.popleft())
             elif (target := self._decider.choose()) is not None:
                 async with self.exclusively():
                     await self._switch(target)
@@ -125,54 +153,40 @@ class Driver:
                 with anyio.move_on_after(max(self._decider.ask_again_at - self._clock(), 0.001)):
                     await self._room.changed.wait()
 
-    def _blame_policy(self, model: str, what: str, exc: Exception | None = None) -> PolicyError:
+    async def _carry_out(self, order: Order) -> None:
+        state, model = self._state, order.model
+        try:
+            if state.mode not in (Mode.IDLE, Mode.ACTIVE):
+                self._orders.appendleft(order)  # while the lock was awaited, something happened: ask the servers first
+                return
+            if self._servers.closing:
+                raise OperationError(CLOSING)
+            if model == state.active:
+                if order.kind is not OrderKind.IDLE or not (state.in_flight(model) or state.waiting_models() or state.held):
+                    await self._switch(None, order)
+            elif order.kind is OrderKind.STOP:
+                await self._stop_sleeper(model)
+        except Exception as exc:  # noqa: BLE001 - whatever a backend raises is for the one who gave the order
+            order.finish(exc)
+        else:
+            order.finish(order.error)
+
+    async def _stop_sleeper(self, model: str) -> None:
+        if frozen := self._state.frozen(model):
+            raise OperationError(f"The model {model!r} cannot be stopped now: {frozen} requests are frozen in its process.")
+        try:
+            await self._servers.end(model)
+        except Exception:
+            self._state.distrust()
+            raise
+
+    def _blame_policy(self, model: str | None, what: str, exc: Exception | None = None, *, refuse: bool = True) -> PolicyError:
         error = f"The switch policy {type(self._policy).__name__} failed for the model {model!r}: {what}"
         logger.error(error, exc_info=exc)
-        self._room.refuse(model, partial(PolicyError, error))
+        self._journal.error(model, PolicyError.__name__, error)
+        if refuse and model is not None:
+            self._room.refuse(model, partial(PolicyError, error))
         return PolicyError(error)
-
-    async def reconcile(self) -> None:
-        """Adopt what the servers say. Where several are awake, keep the one in use or most wanted and put the rest to sleep."""
-        if self._state.mode is not Mode.UNKNOWN:
-            return  # somebody else has done it while the lock was awaited
-        self._state.inquire()
-        previous = self._state.active
-        unclear = await self._servers.look_at(self._servers.models)
-        for model, why in unclear.items():
-            logger.warning("the state of the model %r is unknown: %s", model, why)
-        if previous in unclear and not self._state.in_flight(previous):
-            try:
-                await self._servers.stop(previous, unclear.pop(previous))
-            except BackendError as exc:  # it is not the gateway's own, or cannot be ended
-                unclear[previous] = exc
-        if previous in unclear:
-            # It may be serving. Nothing is done about it, and nobody is served, before it is known.
-            self._room.refuse_queues(f"the state of the active model {previous!r} is unknown: {unclear[previous]}")
-            return
-        awake = self._state.by_use(model for model in self._servers.models if self._servers.says_awake(model))
-        sound = [model for model in awake if self._servers.is_sound(model)]
-        keep = next((model for model in (previous, *self._state.waiting_models(), *sound) if model in sound), None)
-        try:
-            for model in reversed(awake):
-                if model != keep:
-                    logger.warning("putting the model %r to sleep: awake are %s, kept is %r", model, awake, keep)
-                    # As the switch that has failed would have: what it was to freeze is not cut short either.
-                    kept = self._state.frozen(model) > 0 or (model == previous and self._freeze_limit is not None)
-                    await self._servers.sleep(model, self._sleep_level(model), keep=kept)
-        except BackendError as exc:
-            reason = f"the model {model!r} must not be awake and could not be put to sleep: {exc}"
-            logger.error("%s", reason)
-            self._room.refuse_queues(reason)
-            return
-        if keep != previous:
-            self._leave(previous)
-            self._room.begin(keep)
-        elif self._room.activation.interrupted:
-            self._room.activation = Activation(self._room.activation)
-        if keep is not None:
-            self._backoff.succeeded(keep)
-        self._room.grant(self._state.adopt(keep))
-        self._freeze_limit = None
 
     def exclusively(self) -> anyio.Lock:
         """The lock that guards every change of who is awake."""
@@ -182,58 +196,81 @@ class Driver:
 
     # One switch
 
-    async def _switch(self, to: str) -> None:
+    async def _switch(self, to: str | None, order: Order | None = None) -> None:
+        """Switch to `to`; to nothing if `order` says so, whose error is set if that fails."""
         state, origin = self._state, self._state.active
-        if state.mode not in (Mode.IDLE, Mode.ACTIVE) or to == origin or not state.depth(to):
+        if order is None and (
+            state.mode not in (Mode.IDLE, Mode.ACTIVE) or to is None or to == origin or not state.depth(to) or state.held
+        ):
             return  # while the lock was awaited, something happened that asks for a new decision
-        waiters: list[Waiter | Lease] = [cast("Waiter", ticket) for ticket in state.waiters(to)]
-        if to in self._room.frozen:
-            waiters += self._room.frozen[to].leases
+        waiters = self._those_who_wait_for(to)
         attributes: dict[str, str | int] = {
-            names.SWITCH_TO: to,
             names.SWITCH_POLICY: type(self._policy).__name__,
             names.SWITCH_WAITING: len(waiters),
             names.SWITCH_IN_FLIGHT: state.in_flight(origin),
         }
+        if to is not None:
+            attributes[names.SWITCH_TO] = to
         if origin is not None:
             attributes |= {names.SWITCH_FROM: origin, names.SWITCH_SLEEP_LEVEL: self._sleep_level(origin)}
-        self._freeze_limit = None
+        self.reconcile.freeze_limit = None
         state.begin(to)
-        begun = self._clock()
-        parent = waiters[0].context if waiters else Context()
+        self.records.begin(origin, to, waiting=len(waiters), in_flight=state.in_flight(origin))
+        served, longest_wait = 0, None
+        parent = order.context if order is not None else waiters[0].context if waiters else Context()
         links = [waiter.span.get_span_context() for waiter in waiters]
         with self._telemetry.switch(parent, links, attributes) as span:
             try:
                 with only_own_cancellation():
-                    switched = await self._prepare(origin, to) and await self._execute(origin, to)
+                    switched = await self._prepare(origin, to, order) and await self._execute(origin, to, order)
             except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
                 outcome = "failed"
                 failed(span, exc)
                 self._link_newcomers(span, waiters, to)
+                if order is not None:
+                    order.error = exc
                 await self._recover(origin, to, exc, span.get_span_context())
             else:
                 outcome = "completed" if switched else "abandoned"
                 self._link_newcomers(span, waiters, to)
-                if switched:
-                    self._room.begin(to)
-                self._room.grant(state.complete(self._clock()) if switched else state.abandon(), span.get_span_context())
-                if switched:
-                    text = "switched from %r to %r in %.3f s; %d requests waited for it"
-                    logger.info(text, origin, to, self._clock() - begun, state.in_flight(to))
-                    self._save_estimates()
-                self._freeze_limit = None
+                if switched and to is not None:
+                    longest_wait = state.first_waits(self._clock()).get(to)
+                granted = self._settle(to, switched=switched)
+                served = state.in_flight(to)
+                self._room.grant(granted, span.get_span_context())
+                if order is not None and not switched and order.kind is not OrderKind.IDLE:
+                    order.error = OperationError(CLOSING)
+                self.reconcile.freeze_limit = None
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
+            duration = self.records.end(outcome, served=served, longest_wait=longest_wait)
+            if outcome == "completed":
+                text = "switched from %r to %r in %.3f s; %d requests waited for it"
+                logger.info(text, origin, to, duration, served)
+                self._save_estimates()
             self._telemetry.switch_duration.record(
-                self._clock() - begun,
-                {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to, names.SWITCH_OUTCOME: outcome},
+                duration,
+                {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to or "", names.SWITCH_OUTCOME: outcome},
             )
 
-    def _link_newcomers(self, span: Span, linked: list[Waiter | Lease], to: str) -> None:
-        for waiter in set(cast("tuple[Waiter, ...]", self._state.waiters(to))).difference(linked):
+    def _settle(self, to: str | None, *, switched: bool) -> list[Ticket]:
+        """End the switch in the state machine. Returns the tickets that this grants."""
+        if not switched:
+            return self._state.abandon()
+        self._room.begin(to)
+        return self._state.slept() if to is None else self._state.complete(self._clock())
+
+    def _those_who_wait_for(self, to: str | None) -> list[Waiter | Lease]:
+        if to is None:
+            return []
+        frozen = self._room.frozen[to].leases if to in self._room.frozen else ()
+        return [*(cast("Waiter", ticket) for ticket in self._state.waiters(to)), *frozen]
+
+    def _link_newcomers(self, span: Span, linked: list[Waiter | Lease], to: str | None) -> None:
+        for waiter in set(self._those_who_wait_for(to)).difference(linked):
             if (context := waiter.span.get_span_context()).is_valid:
                 span.add_link(context)
 
-    async def _prepare(self, origin: str | None, to: str) -> bool:
+    async def _prepare(self, origin: str | None, to: str | None, order: Order | None) -> bool:
         """Do what precedes the point of no return. Returns whether it was passed; not if nobody waits for `to` any more."""
         error: Exception | None = None
 
@@ -246,12 +283,17 @@ class Driver:
                 steps.cancel_scope.cancel()
 
         async def make_room() -> None:
-            await self._cool_down(origin)
+            if order is None:
+                await self._cool_down(origin)
             self._state.drain()
+            self._room.shares.note(self._clock())
             await self._drain(origin, to)
 
-        wary = self._backoff.has_failed(to)
-        look = partial(self._servers.require_reachable, to, has_failed=wary)
+        async def look() -> None:
+            if to is not None:
+                await self._servers.require_reachable(to, has_failed=wary)
+
+        wary = to is not None and self._backoff.has_failed(to)
         with anyio.CancelScope() as scope:
             self._room.give_up = scope
             try:
@@ -266,16 +308,18 @@ class Driver:
                     raise error
             finally:
                 self._room.give_up = None
-        return not scope.cancel_called and self._state.commit()
+        if scope.cancel_called or (order is not None and order.kind is OrderKind.IDLE and self._state.waiting_models()):
+            return False
+        return self._state.commit()
 
     async def _cool_down(self, origin: str | None) -> None:
         if origin is not None:
-            with self._telemetry.phase("cooldown"):
+            with self.records.phase(Phase.COOLDOWN, origin):
                 rest = self._state.active_since + self._policy.min_active_duration - self._clock()
                 if rest > 0:
                     await anyio.sleep(rest)
 
-    async def _drain(self, origin: str | None, to: str) -> None:
+    async def _drain(self, origin: str | None, to: str | None) -> None:
         async def wait(timeout: float | None) -> bool:
             with anyio.move_on_after(timeout):
                 while self._state.in_flight(origin):
@@ -285,31 +329,43 @@ class Driver:
         async def preempt(max_freezes: int, max_frozen: float) -> None:
             if origin is None:
                 return
+            if to is None:
+                await wait(None)
+                return
             await self._servers.require_freezing(origin)
             while any(lease.freezes >= max_freezes for lease in self._room.activation.leases):
                 await self._room.until_release()
-            self._freeze_limit = max_frozen
+            self.reconcile.freeze_limit = max_frozen
 
         self._room.drained = anyio.Event()
         context = SwitchContext(origin, to, lambda: self._state.in_flight(origin), wait, preempt)
-        with self._telemetry.phase("drain", {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
+        with self.records.phase(Phase.DRAIN, origin, {names.SWITCH_IN_FLIGHT: context.in_flight_count}):
             try:
                 with only_own_cancellation():
                     await self._policy.prepare_switch(context)
             except Exception as exc:
-                raise self._blame_policy(to, f"prepare_switch raised {exc!r}", exc) from exc
+                raise self._blame_policy(to or origin, f"prepare_switch raised {exc!r}", exc, refuse=to is not None) from exc
 
-    async def _execute(self, origin: str | None, to: str) -> bool:
-        """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due."""
-        keep = self._freeze_limit is not None
+    async def _execute(self, origin: str | None, to: str | None, order: Order | None) -> bool:
+        """Put everything else to sleep and wake `to`. Returns False if nobody waited for it any more when that was due.
+
+        If there is no `to`, put `origin` to sleep or end its process, as `order` says.
+        """
+        keep = self.reconcile.freeze_limit is not None
 
         def interrupt() -> None:
             if self._state.in_flight(origin) and not keep:
                 self._room.activation.interrupted = True
 
+        if to is None:
+            if origin is not None and order is not None:
+                interrupt()
+                await (self._steps.stop(origin) if order.kind is OrderKind.STOP else self._steps.put_to_sleep(origin))
+            self.reconcile.leave(origin)
+            return True
         await self._servers.settle(to)
         await self._steps.make_room(to, origin, interrupt, keep=keep)
-        self._leave(origin)
+        self.reconcile.leave(origin)
         self._state.wake()
         if not self._state.depth(to):
             return False
@@ -317,25 +373,20 @@ class Driver:
         self._backoff.succeeded(to)
         return True
 
-    def _leave(self, origin: str | None) -> None:
-        """Freeze what `origin` was serving if its server has kept it, else void it: the model is confirmed out of memory."""
-        if origin is not None and self._freeze_limit is not None and self._servers.says_asleep(origin):
-            if frozen := self._state.in_flight(origin):
-                trace.get_current_span().set_attribute(names.SWITCH_FROZEN, frozen)
-                self._room.freeze(origin, self._freeze_limit)
-        elif self._state.in_flight(origin) or self._room.activation.interrupted:
-            self._room.activation.end()
-
-    async def _recover(self, origin: str | None, to: str, exc: Exception, switch: SpanContext) -> None:
+    async def _recover(self, origin: str | None, to: str | None, exc: Exception, switch: SpanContext) -> None:
         """Tell those who waited, back off, and find out from the servers where things stand."""
         granted = self._state.fail()
         if not isinstance(exc, PolicyError):  # those have been told and logged already
             reason = str(exc) if isinstance(exc, LLMuxError) else f"unexpected error: {exc!r}"
-            failure = self._backoff.failed(to, reason, self._clock())
-            text = "switching from %r to %r failed (%d in a row), next attempt in %.1f s: %s"
             trace_back = None if isinstance(exc, LLMuxError) else exc
-            logger.error(text, origin, to, failure.in_a_row, failure.pause, reason, exc_info=trace_back)
-            self._room.refuse(to, partial(SwitchError, to, reason, retry_after=failure.pause, switch=switch))
+            self._journal.error(to or origin, type(exc).__name__, reason)
+            if to is None:
+                logger.error("putting the model %r to sleep failed: %s", origin, reason, exc_info=trace_back)
+            else:
+                failure = self._backoff.failed(to, reason, self._clock())
+                text = "switching from %r to %r failed (%d in a row), next attempt in %.1f s: %s"
+                logger.error(text, origin, to, failure.in_a_row, failure.pause, reason, exc_info=trace_back)
+                self._room.refuse(to, partial(SwitchError, to, reason, retry_after=failure.pause, switch=switch))
         self._room.grant(granted)
         if self._state.mode is Mode.UNKNOWN:
             await self.reconcile()

@@ -20,12 +20,14 @@ from .exceptions import (
     BodyTimeoutError,
     BodyTooLargeError,
     BuffersFullError,
+    DrainingError,
     EncodedBodyError,
     HeadersTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
     MethodNotAllowedError,
+    OperationError,
     PermissionDeniedError,
     QueueFullError,
     QueueTimeoutError,
@@ -42,7 +44,7 @@ _ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'
 
 _ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
 
-__all__ = ["ErrorAnswer", "describe", "error_event", "headers_before_the_body"]
+__all__ = ["ErrorAnswer", "describe", "error_event", "for_clients", "headers_before_the_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class _Facts(NamedTuple):
 
 def describe(exc: LLMuxError, shape: ErrorShape = "openai") -> ErrorAnswer:
     """Put an error into the client's shape, with its status and headers."""
-    facts, message = _facts_of(exc), _for_clients(str(exc))
+    facts, message = _facts_of(exc), for_clients(str(exc))
     if shape == "anthropic":
         content: object = {"type": "error", "error": {"type": _anthropic_type(facts.status), "message": message}}
     else:
@@ -103,7 +105,7 @@ def error_event(exc: LLMuxError, shape: ErrorShape = "openai") -> bytes:
     return name + b"data: " + describe(exc, shape).body + b"\n\n"
 
 
-def _for_clients(message: str) -> str:
+def for_clients(message: str) -> str:
     """Leave out what is for the log only: addresses of servers, and lines that a process wrote."""
     first, cut, _ = message.partition("\n")
     if cut:
@@ -146,6 +148,10 @@ def _facts_of(exc: LLMuxError) -> _Facts:
             return _Facts(504, "server_error", "model_queue_timeout", retry_after=exc.retry_after)
         case SwitchError():
             return _Facts(503, "server_error", "model_switch_failed", retry_after=exc.retry_after)
+        case DrainingError():
+            return _Facts(503, "server_error", "gateway_draining", retry_after=exc.retry_after)
+        case OperationError():
+            return _Facts(409, "invalid_request_error", "operation_not_possible")
         case InterruptedRequestError():
             return _Facts(503, "server_error", "request_interrupted", retry_after=exc.retry_after)
         case UpstreamError():
@@ -160,6 +166,7 @@ _ANTHROPIC_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    409: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",

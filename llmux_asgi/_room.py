@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import anyio
 
 from ._lease import Activation, Freeze, Waiter
+from ._shares import TimeShares
 from ._state import SwitcherState, Ticket, TicketStatus
 from .exceptions import LLMuxError, SwitchError
 
@@ -24,6 +25,8 @@ class WaitingRoom:
     def __init__(self, state: SwitcherState, clock: Callable[[], float]) -> None:
         self.state = state
         self._clock = clock
+        self.shares = TimeShares(state, clock())
+        """How the time was spent."""
         self.activation = Activation()
         """The stretch of time that leases are granted in."""
         self.frozen: dict[str, Activation] = {}
@@ -47,8 +50,9 @@ class WaitingRoom:
                 self.frozen.pop(model, None)
             if not self.state.depth(model):
                 self._nobody_waits(model)
-        elif self.state.release(model, self._clock(), head_start) and model == self.state.active:
+        elif self.state.release(model, now := self._clock(), head_start) and model == self.state.active:
             self.drained.set()
+            self.shares.note(now)
         self.released.set()
         self.changed.set()
 
@@ -100,6 +104,13 @@ class WaitingRoom:
             self.give_up.cancel()
         self.changed.set()
 
+    def give_up_a_switch_away(self) -> None:
+        """The active model may have been pinned, or unpinned. A switch away from a pinned one is given up if it can be."""
+        state = self.state
+        if state.held and state.target is not None and state.can_be_given_up and self.give_up is not None:
+            self.give_up.cancel()
+        self.changed.set()
+
     def freeze(self, model: str, limit: float) -> None:
         """Keep the requests that `model` was serving for its next turn: it is asleep, and its server keeps them too."""
         now = self._clock()
@@ -114,7 +125,8 @@ class WaitingRoom:
         self.activation.end_freeze(self._clock())
 
     def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
-        """Tell those whose tickets were granted, and by which switch if it was one."""
+        """Tell those whose tickets were granted, and by which switch if it was one. Called after every settled transition."""
+        self.shares.note(self._clock())
         for ticket in granted:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self.activation, switch

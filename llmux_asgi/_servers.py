@@ -31,9 +31,17 @@ class _Steps(enum.Flag):
 
 
 class Servers:
-    """The backends of one pool by model, with the state that each was last confirmed to be in."""
+    """The backends of one pool by model, with the state that each was last confirmed to be in.
 
-    def __init__(self, backends: Mapping[str, Backend], memory: MemoryCheck | None = None) -> None:
+    `changed` is called with a model and what its server is now known to be, whenever that has become another.
+    """
+
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        memory: MemoryCheck | None = None,
+        changed: Callable[[str, str], None] = lambda model, state: None,
+    ) -> None:
         self._backends = dict(backends)
         self._memory = memory
         self._known: dict[str, BackendState] = {}
@@ -42,6 +50,8 @@ class Servers:
         self._unconfirmed = dict.fromkeys(backends, _Steps.NONE)
         self.closing = False
         """Nothing is woken while this is set: it would be ended right after it."""
+        self._told = dict.fromkeys(backends, "unknown")
+        self._changed = changed
         self._vanished: set[str] = set()
         """Servers that may have been in memory when nothing listened there any more: one that ends in order frees it last."""
 
@@ -64,7 +74,16 @@ class Servers:
 
     def states(self) -> dict[str, str]:
         """What each server was last known to be; `unknown` if there is no clear answer."""
-        return {model: state.value if (state := self._known.get(model)) else "unknown" for model in self.models}
+        return {model: self._state_of(model) for model in self.models}
+
+    def _state_of(self, model: str) -> str:
+        return state.value if (state := self._known.get(model)) else "unknown"
+
+    def _tell(self, model: str) -> None:
+        """Say what the server of `model` is, if that is news. Not in the middle of a step, when nobody knows it."""
+        if (state := self._state_of(model)) != self._told[model]:
+            self._told[model] = state
+            self._changed(model, state)
 
     def is_sound(self, model: str) -> bool:
         """Say whether what the server of `model` tells of itself is the whole truth."""
@@ -74,8 +93,11 @@ class Servers:
         """Ask the server of `model` for its state. Raises `BackendError` if there is no clear answer."""
         before = self._known.pop(model, None)
         was_in_memory = before in (BackendState.AWAKE, None) or not self.is_sound(model)
-        state = await self._backends[model].state()
-        self._learn(model, state)
+        try:
+            state = await self._backends[model].state()
+            self._learn(model, state)
+        finally:
+            self._tell(model)
         if state is not BackendState.UNREACHABLE:
             self._vanished.discard(model)
         elif was_in_memory:
@@ -100,6 +122,16 @@ class Servers:
     def can_stop(self, model: str) -> bool:
         """Say whether the process of `model` is the gateway's own."""
         return isinstance(self._backends[model], StoppableBackend)
+
+    def require_stoppable(self, model: str) -> StoppableBackend:
+        """Return the backend of `model`. Raises `BackendUnsupportedError` if its process is not the gateway's own."""
+        backend = self._backends[model]
+        if not isinstance(backend, StoppableBackend):
+            raise BackendUnsupportedError(
+                f"The process of the model {model!r} was not started by the gateway, which cannot stop it. Put the model to "
+                "sleep, or end the process where it was started."
+            )
+        return backend
 
     async def require_reachable(self, model: str, *, has_failed: bool = False) -> None:
         """Raise `BackendError` unless the server of `model` answers: nothing is put to sleep for one that cannot wake.
@@ -135,6 +167,7 @@ class Servers:
         for model, exc in (await self.look_at(others)).items():
             if model in asleep:
                 self._known[model] = BackendState.ASLEEP
+                self._tell(model)
                 logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
                 continue
             unclear = BackendError(f"the model {model!r} may be in memory, its server gives no clear answer: {exc}")
@@ -183,22 +216,32 @@ class Servers:
 
     async def stop(self, model: str, reason: BackendError) -> None:
         """End the process of `model`, because of `reason`; raise that if the process is not the gateway's own."""
-        backend = self._backends[model]
-        if not isinstance(backend, StoppableBackend):
+        if not self.can_stop(model):
             raise reason
         logger.warning("ending the process of the model %r: %s", model, reason)
-        await backend.stop()
+        await self.end(model)
+
+    async def end(self, model: str) -> None:
+        """End the process of `model`. Raises `BackendUnsupportedError` if it is not the gateway's own."""
+        await self.require_stoppable(model).stop()
         self._learn(model, BackendState.STOPPED)
+        self._tell(model)
         await self._confirm_freed(model)
 
     async def _put_to_sleep(self, model: str, level: int, *, keep: bool) -> bool:
-        succeeded = await self._try_to_sleep(model, level, keep=keep)
+        try:
+            succeeded = await self._try_to_sleep(model, level, keep=keep)
+        except BackendError:
+            self._tell(model)
+            raise
         try:
             await self._confirm_freed(model)
         except BackendError:
             self._known.pop(model, None)
             self._unconfirmed[model] |= _Steps.WAKE  # as one that a failed wake has left with a part of its memory
             raise
+        finally:
+            self._tell(model)
         return succeeded
 
     async def _confirm_freed(self, model: str) -> None:
@@ -253,12 +296,19 @@ class Servers:
         if self._memory is not None and self._measured:
             self._memory.before_wake()
         self._unconfirmed[model] |= _Steps.WAKE
-        await self._backends[model].wake()
+        try:
+            await self._backends[model].wake()
+        except BackendError:
+            self._tell(model)
+            raise
 
     async def ready(self, model: str) -> None:
         """Return as soon as the woken `model` takes requests."""
-        await self._backends[model].ready()
-        self._known[model] = BackendState.AWAKE
+        try:
+            await self._backends[model].ready()
+            self._known[model] = BackendState.AWAKE
+        finally:
+            self._tell(model)
         self._unconfirmed[model] = _Steps.NONE
         if self._memory is not None and self._measured:
             self._memory.after_wake(model)

@@ -16,79 +16,23 @@ leads back to UNKNOWN: what was verified before it does not count. `wake` and `c
 
 `wake_up` begins each attempt to wake the target, the first one too. One that has failed may have come as far as READY.
 
+A switch may have no target: its model is put to sleep, and no other is woken (`slept` leads from SLEEP to IDLE).
+
 Requests that were running when their model was put to sleep, and that its server keeps (`freeze`), are counted apart from
 those in flight. They wait for their model's next turn as those in its queue do, since the time of the freeze.
 """
 
 from __future__ import annotations
 
-import enum
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from operator import itemgetter
 from types import MappingProxyType
 
-from ._estimates import ModelCosts
 from ._queue import Ticket, TicketQueue, TicketStatus
+from ._statistics import Mode, Phase, SwitcherStatistics
 
 __all__ = ["Mode", "Phase", "SwitcherState", "SwitcherStatistics", "Ticket", "TicketStatus"]
-
-
-class Mode(enum.Enum):
-    """What the pool is doing."""
-
-    UNKNOWN = "unknown"
-    """Nothing is verified: at start, after a failure. The servers must be asked before anything is admitted."""
-    IDLE = "idle"
-    """No model is awake."""
-    ACTIVE = "active"
-    """One model is awake and serves."""
-    SWITCHING = "switching"
-    """On the way from one model (or none) to another."""
-
-
-class Phase(enum.Enum):
-    """How far a switch has come."""
-
-    COOLDOWN = "cooldown"
-    """The outgoing model has not been active for long enough: it goes on serving."""
-    DRAIN = "drain"
-    """The outgoing model's requests finish; new ones wait for its next turn."""
-    SLEEP = "sleep"
-    """Past the point of no return: the outgoing model is put to sleep."""
-    WAKE = "wake"
-    """The target is waking. Everything else is confirmed out of memory."""
-    READY = "ready"
-    """The target is awake as far as its server says, and being probed."""
-
-
-@dataclass(frozen=True, slots=True)
-class SwitcherStatistics:
-    """A snapshot of a switcher. Nothing in it changes any more."""
-
-    mode: Mode
-    active_model: str | None
-    """The model that serves, or that is on its way out while switching."""
-    target_model: str | None
-    """The model that is being switched to."""
-    phase: Phase | None
-    in_flight: Mapping[str, int]
-    """Leases held, by model."""
-    waiting: Mapping[str, int]
-    """Requests queued, by model."""
-    frozen: Mapping[str, int]
-    """Requests that a switch has stopped in the middle and that go on at their model's next turn, by model."""
-    switches: int
-    """Switches completed."""
-    abandoned: int
-    """Switches given up before the point of no return, or before the wake, because nobody waited any more."""
-    failures: int
-    """Switches that failed."""
-    servers: Mapping[str, str] = field(default_factory=dict)
-    """What each model's server was last known to be: `awake`, `asleep`, `stopped`, `unreachable` or `unknown`."""
-    costs: Mapping[str, ModelCosts] = field(default_factory=dict)
-    """What putting each model to sleep and waking it is estimated to take, at its sleep level."""
 
 
 class SwitcherState:
@@ -99,6 +43,8 @@ class SwitcherState:
         self.active: str | None = None
         self.target: str | None = None
         self.phase: Phase | None = None
+        self.pinned: str | None = None
+        """The model that an operator keeps active once it is."""
         self.active_since = float("-inf")
         """When the active model became active; minus infinity if that is not known."""
         self.queued_at_activation = 0
@@ -214,6 +160,12 @@ class SwitcherState:
         queued = self._queues[model].head_start
         return max(queued, *self._held[model]) if self._frozen[model] else queued
 
+    def first_waits(self, now: float) -> dict[str, float]:
+        """For how many seconds the first of those who wait for each model has waited, head starts aside."""
+        frozen = {model: since if self._frozen[model] else math.inf for model, since in self._frozen_since.items()}
+        since = {model: min(self.queued_since(model), frozen[model]) for model in self._queues if self.depth(model)}
+        return {model: now - each for model, each in since.items()}
+
     def waiters(self, model: str) -> tuple[Ticket, ...]:
         """Those in the queue of `model`, the longest wait first, head starts included."""
         return tuple(self._queues[model])
@@ -254,9 +206,20 @@ class SwitcherState:
         else:
             self._doubted = True
 
-    def begin(self, target: str) -> None:
-        """Start a switch. The active model goes on admitting."""
-        _require(self.mode in (Mode.IDLE, Mode.ACTIVE) and target != self.active and self.depth(target) > 0)
+    @property
+    def held(self) -> bool:
+        """Whether the active model is pinned: it makes way for no other."""
+        return self.pinned is not None and self.active == self.pinned
+
+    @property
+    def can_be_given_up(self) -> bool:
+        """Whether a switch is under way that has not passed the point of no return."""
+        return self.phase in (Phase.COOLDOWN, Phase.DRAIN)
+
+    def begin(self, target: str | None) -> None:
+        """Start a switch; to `None`: the active model is put to sleep. It goes on admitting."""
+        _require(self.mode in (Mode.IDLE, Mode.ACTIVE) and target != self.active)
+        _require(target is None or self.depth(target) > 0)
         self.mode, self.target, self.phase = Mode.SWITCHING, target, Phase.COOLDOWN
 
     def drain(self) -> None:
@@ -265,8 +228,8 @@ class SwitcherState:
 
     def commit(self) -> bool:
         """Pass the point of no return, unless nobody waits for the target any more. Returns whether it was passed."""
-        _require(self.phase is Phase.DRAIN and self.target is not None)
-        if self.target is None or not self.depth(self.target):
+        _require(self.phase is Phase.DRAIN)
+        if self.target is not None and not self.depth(self.target):
             return False
         self._step(Phase.DRAIN, Phase.SLEEP)
         return True
@@ -280,6 +243,7 @@ class SwitcherState:
 
     def wake(self) -> None:
         """Every other model is confirmed out of memory; the target's wake may be sent."""
+        _require(self.target is not None)
         self._step(Phase.SLEEP, Phase.WAKE)
         self._activate(None, float("-inf"))
         self._doubted = False
@@ -298,6 +262,13 @@ class SwitcherState:
         _require(self.phase is Phase.READY and self.target is not None)
         self._activate(self.target, now)
         self._doubted = False
+        self._switches += 1
+        return self._settle()
+
+    def slept(self) -> list[Ticket]:
+        """The model that was put to sleep for no other is out of memory. Returns the tickets that this grants: none."""
+        _require(self.phase is Phase.SLEEP and self.target is None)
+        self._activate(None, float("-inf"))
         self._switches += 1
         return self._settle()
 
@@ -341,7 +312,10 @@ class SwitcherState:
         """What the pool is doing, in words for an error message."""
         if self.mode is Mode.SWITCHING and self.phase is not None:
             origin = f" from {self.active!r} ({self.in_flight(self.active)} in flight)" if self.active else ""
-            return f"the gateway is switching to {self.target!r}{origin}, in the phase {self.phase.value!r}"
+            what = f"switching to {self.target!r}{origin}" if self.target else f"putting {self.active!r} to sleep"
+            return f"the gateway is {what}, in the phase {self.phase.value!r}"
+        if self.mode is Mode.ACTIVE and self.held:
+            return f"the model {self.active!r} is pinned by an operator, and no other is woken until it is unpinned"
         if self.mode is Mode.ACTIVE:
             return f"the model {self.active!r} is active with {self.in_flight(self.active)} requests in flight"
         return "no model is awake" if self.mode is Mode.IDLE else "the servers' states are not known yet"

@@ -8,8 +8,10 @@ from types import MappingProxyType
 
 from . import telemetry as names
 from ._estimates import Estimates
+from ._record import SwitchRecords
 from ._servers import Servers
-from ._state import SwitcherState
+from ._state import Phase, SwitcherState
+from .backends import STOP_LEVEL
 from .exceptions import (
     BackendDeadError,
     BackendError,
@@ -18,7 +20,6 @@ from .exceptions import (
     BackendUnreachableError,
     BackendUnsupportedError,
 )
-from .telemetry import Telemetry
 
 __all__ = ["Steps"]
 
@@ -32,14 +33,14 @@ class Steps:
         self,
         servers: Servers,
         state: SwitcherState,
-        telemetry: Telemetry,
+        records: SwitchRecords,
         sleep_level: Callable[[str], int],
         estimates: Estimates,
         clock: Callable[[], float],
     ) -> None:
         self._servers = servers
         self._state = state
-        self._telemetry = telemetry
+        self._records = records
         self._sleep_level = sleep_level
         self._estimates = estimates
         self._clock = clock
@@ -69,13 +70,21 @@ class Steps:
         for model in (*awake, *([origin] if origin is not None else []), *doubtful):
             if model == origin:
                 before_origin()
-            level = self._sleep_level(model)
-            with self._telemetry.phase("sleep", {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
-                begun, sound = self._clock(), self._servers.is_sound(model)
-                kept = (keep and model == origin) or self._state.frozen(model) > 0
-                if await self._servers.sleep(model, level, keep=kept) and sound:
-                    self._estimates.sleep_took(model, level, self._clock() - begun)
+            await self.put_to_sleep(model, keep=(keep and model == origin) or self._state.frozen(model) > 0)
         await self._servers.confirm_vanished()
+
+    async def put_to_sleep(self, model: str, *, keep: bool = False) -> None:
+        """Put `model` to sleep at its level; with `keep` its server keeps the requests that it is serving."""
+        level = self._sleep_level(model)
+        with self._records.phase(Phase.SLEEP, model, {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: level}):
+            begun, sound = self._clock(), self._servers.is_sound(model)
+            if await self._servers.sleep(model, level, keep=keep) and sound:
+                self._estimates.sleep_took(model, level, self._clock() - begun)
+
+    async def stop(self, model: str) -> None:
+        """End the process of `model`, which is the gateway's own."""
+        with self._records.phase(Phase.SLEEP, model, {names.MODEL: model, names.SWITCH_SLEEP_LEVEL: STOP_LEVEL}):
+            await self._servers.end(model)
 
     async def bring_up(self, to: str) -> None:
         """Wake `to`, everything else being out of memory; return when it takes requests.
@@ -112,10 +121,10 @@ class Steps:
         self._state.wake_up()
         level = self.wake_level(to)
         begun, sleeps = self._clock(), self._servers.is_sound(to) and not self._servers.says_awake(to)
-        with self._telemetry.phase("wake", {names.MODEL: to}):
+        with self._records.phase(Phase.WAKE, to, {names.MODEL: to}):
             await self._servers.wake(to)
         self._state.ready()
-        with self._telemetry.phase("ready", {names.MODEL: to}):
+        with self._records.phase(Phase.READY, to, {names.MODEL: to}):
             await self._servers.ready(to)
         if sleeps:
             self._estimates.wake_took(to, level, self._clock() - begun)

@@ -20,6 +20,8 @@
     ├── QueueFullError              too many requests wait already
     ├── QueueTimeoutError           the model did not become active within `request_timeout`
     ├── SwitchError                 the switch that the request waited for failed, or is backing off
+    ├── DrainingError               new requests are refused, because an operator drains the gateway
+    ├── OperationError              what an operator asks for is not possible as things stand
     ├── InterruptedRequestError     a switch aborted the request while it ran
     ├── BackendError                an inference server's control API failed
     │   ├── BackendUnreachableError nothing listens at the server's address
@@ -52,12 +54,14 @@ __all__ = [
     "BodyTooLargeError",
     "BuffersFullError",
     "ConfigError",
+    "DrainingError",
     "EncodedBodyError",
     "HeadersTooLargeError",
     "InterruptedRequestError",
     "InvalidRequestError",
     "LLMuxError",
     "MethodNotAllowedError",
+    "OperationError",
     "PermissionDeniedError",
     "PolicyError",
     "QueueFullError",
@@ -240,6 +244,21 @@ class SwitchError(LLMuxError):
         self.reason = reason
         self.retry_after = retry_after
         self.switch = switch
+
+
+class DrainingError(LLMuxError):
+    """The gateway lets what is under way finish and takes nothing new. `retry_after` is in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The gateway is being drained by its operator: requests that are under way finish, new ones are refused. "
+            "Send the request again later."
+        )
+        self.retry_after = 10.0
+
+
+class OperationError(LLMuxError):
+    """What an operator asks for is not possible as things stand. The message says why, and what to do."""
 
 
 class InterruptedRequestError(LLMuxError):

@@ -12,8 +12,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
-from types import MappingProxyType
 
 import anyio
 
@@ -23,8 +21,10 @@ from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
 from ._forecast import Progress, next_turn_in
+from ._journal import Journal
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
+from ._operations import Operations
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import spawn
@@ -35,6 +35,7 @@ from .exceptions import (
     BackendError,
     BackendTimeoutError,
     BackendUnreachableError,
+    DrainingError,
     LLMuxError,
     QueueTimeoutError,
     SwitchError,
@@ -61,7 +62,7 @@ class ModelSwitcher:
 
     `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
     requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
-    how many by model. `clock` gives monotonic seconds.
+    how many by model. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
     """
 
     def __init__(
@@ -83,10 +84,13 @@ class ModelSwitcher:
         queue_limits: Mapping[str, int] | None = None,
         telemetry: Telemetry | None = None,
         clock: Callable[[], float] = time.monotonic,
+        journal: Journal | None = None,
     ) -> None:
         if isinstance(policy, type):
             raise TypeError(f"policy must be an instance of {policy.__name__}, not the class: {policy.__name__}(...)")
-        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None)
+        self.journal = journal or Journal()
+        """What has happened."""
+        self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None, self._note_server)
         self._names = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
         self._sleep_levels = dict(sleep_levels or {})
@@ -111,13 +115,25 @@ class ModelSwitcher:
             self._policy,
             self._backoff,
             self.telemetry,
+            self.journal,
             self._sleep_level,
             clock,
             self._estimates,
             self._save_estimates,
         )
+        self._operations = Operations(
+            self._room,
+            self._servers,
+            self._driver,
+            self._backoff,
+            self.journal,
+            lambda model: self._estimates.of(model, self._sleep_level(model)),
+            clock,
+        )
         self._closers = 0
         """How many calls of `aclose` are under way."""
+        self._refusing = False
+        """Whether no new request is admitted: the gateway is draining, or closing."""
 
     @classmethod
     def from_config(
@@ -199,26 +215,31 @@ class ModelSwitcher:
         Raises `InvalidRequestError` if there is no class `priority`.
         """
         name = self.resolve(model)
-        if name is None or self._closers:
+        if name is None or self._refusing:
             return None
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
         if not self._state.try_admit(name, head_start):
             return None
+        if self._room.shares.idle:
+            self._room.shares.note(self._clock())
         return Lease(self, self._room.activation, name, head_start=head_start)
 
     async def acquire(self, model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:
         """Wait for a lease on `model` (a name or an alias); the caller has to release it.
 
         `timeout` in seconds replaces the `request_timeout` of the model or policy, `priority` the model's class. Raises
-        `UnknownModelError`, `InvalidRequestError` (no such class), `QueueFullError`, `QueueTimeoutError`, `SwitchError` or
-        `PolicyError`.
+        `UnknownModelError`, `InvalidRequestError` (no such class), `QueueFullError`, `QueueTimeoutError`, `SwitchError`,
+        `DrainingError` or `PolicyError`.
         """
-        name = self.resolve(model)
-        if name is None:
-            raise UnknownModelError(model)
+        name = self._require(model)
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))
         if lease := self.try_acquire(name, priority=priority):
             return lease
+        if self.draining and not self._closers:
+            raise DrainingError
+        return await self._wait_for_lease(name, head_start, timeout)
+
+    async def _wait_for_lease(self, name: str, head_start: float = 0.0, timeout: float | None = None) -> Lease:
         if self._closers:
             raise SwitchError(name, CLOSING)
         self._refuse_while_backing_off(name)
@@ -260,11 +281,69 @@ class ModelSwitcher:
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        return replace(
-            self._state.snapshot(),
-            servers=MappingProxyType(self._servers.states()),
-            costs=MappingProxyType({model: self._estimates.of(model, self._sleep_level(model)) for model in self.models}),
-        )
+        return self._operations.statistics()
+
+    # What an operator may do
+
+    async def wake(self, model: str) -> None:
+        """Make `model` (a name or an alias) active, as a request for it would, and return when it is. Also while draining.
+
+        Raises `OperationError` if another one is pinned and active, else what `acquire` raises.
+        """
+        name = self._require(model)
+        self._operations.require_wakeable(name)
+        if not self._state.admits(name):
+            (await self._wait_for_lease(name, timeout=math.inf)).release()
+
+    async def sleep(self, model: str) -> None:
+        """If `model` is active, let its requests finish and put it to sleep; wake no other for it.
+
+        How long requests may take is the policy's affair, as in any switch, but none is frozen. New ones wait, and the model is
+        woken again for them. A caller that is cancelled leaves; what it has begun goes on. Raises `UnknownModelError`,
+        `BackendError`, `PolicyError`, or `OperationError` if the gateway is shutting down.
+        """
+        await self._operations.sleep(self._require(model))
+
+    async def stop(self, model: str) -> None:
+        """Do what `sleep` does, and end the process of `model`. The next request for it starts it again.
+
+        Raises what `sleep` raises, and `BackendUnsupportedError` if the process is not the gateway's own.
+        """
+        await self._operations.stop(self._require(model))
+
+    @property
+    def pinned(self) -> str | None:
+        """The model that is not switched away from once it is active, if there is one."""
+        return self._state.pinned
+
+    def pin(self, model: str) -> None:
+        """Switch to no other model while `model` is active. It is not woken for that.
+
+        Requests for others wait; a switch away from it that has not begun to put it to sleep is given up. Raises
+        `UnknownModelError`.
+        """
+        self._operations.pin(self._require(model))
+
+    def unpin(self) -> None:
+        """Pin no model any more."""
+        self._operations.pin(None)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._operations.draining
+
+    def drain(self) -> None:
+        """Refuse new requests with a `DrainingError`. Those that run or wait finish; see `statistics().drained`."""
+        self._operations.drain(draining=True)
+        self._refusing = True
+
+    def resume(self) -> None:
+        """Admit new requests again."""
+        self._operations.drain(draining=False)
+        self._refusing = self._closers > 0
+
+    # What the servers say
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
@@ -302,11 +381,13 @@ class ModelSwitcher:
             try:
                 if await self._servers.look(model) is BackendState.AWAKE:
                     return
-                logger.warning("the server of the active model %r is not awake any more", model)
+                what = f"the server of the active model {model!r} is not awake any more"
             except BackendTimeoutError:
                 return
             except BackendError as exc:
-                logger.warning("the server of the active model %r does not say that it is awake: %s", model, exc)
+                what = f"the server of the active model {model!r} does not say that it is awake: {exc}"
+            logger.warning("%s", what)
+            self.journal.error(model, "BackendError", what)
             self.distrust()
             await self._driver.reconcile()
 
@@ -325,9 +406,10 @@ class ModelSwitcher:
         used again afterwards: it then starts by asking the servers for their state.
         """
         self._closers += 1
-        self._servers.closing = True
+        self._refusing = self._servers.closing = True
         try:
             self._room.refuse_all(CLOSING)
+            self._driver.refuse_orders(CLOSING)
             try:
                 with anyio.move_on_after(drain):
                     while any(self._state.in_flight(model) for model in self.models):
@@ -350,6 +432,7 @@ class ModelSwitcher:
         finally:
             self._closers -= 1
             self._servers.closing = self._closers > 0
+            self._refusing = self._servers.closing or self.draining
         if not self._closers:
             self._driver.forget_the_loop()
 
@@ -372,6 +455,15 @@ class ModelSwitcher:
     def _save_estimates(self) -> None:
         if self._estimates_file is not None:
             self._estimates_file.save(self._estimates)
+
+    def _require(self, model: str) -> str:
+        name = self.resolve(model)
+        if name is None:
+            raise UnknownModelError(model)
+        return name
+
+    def _note_server(self, model: str, state: str) -> None:
+        self.journal.write("model", model=model, state=state)
 
     def _release(self, model: str, head_start: float, *, frozen: bool) -> None:
         self._room.release(model, head_start, frozen=frozen)

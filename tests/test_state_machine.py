@@ -123,6 +123,11 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.state.begin(self.state.waiting_models()[0])
 
+    @precondition(lambda self: self.state.mode is Mode.ACTIVE)
+    @rule()
+    def begin_to_put_it_to_sleep_for_no_other(self) -> None:
+        self.state.begin(None)
+
     @precondition(lambda self: self.state.phase is Phase.COOLDOWN)
     @rule()
     def drain(self) -> None:
@@ -132,13 +137,21 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         target = self.state.target
-        assert target is not None
-        wanted = any(ticket.model == target for ticket in self.queue) or bool(self.frozen[target])
+        wanted = target is None or any(ticket.model == target for ticket in self.queue) or bool(self.frozen[target])
         assert self.state.commit() is wanted
         if not wanted:
             self.settle(self.state.abandon())
 
-    @precondition(lambda self: self.state.phase is Phase.SLEEP)
+    @precondition(lambda self: self.state.phase is Phase.SLEEP and self.state.target is None)
+    @rule()
+    def slept(self) -> None:
+        self.freeze()
+        self.awake = None
+        self.served_until = {}
+        self.settle(self.state.slept())
+        assert self.state.mode is (Mode.UNKNOWN if self.doubted else Mode.IDLE)
+
+    @precondition(lambda self: self.state.phase is Phase.SLEEP and self.state.target is not None)
     @rule()
     def sleep(self) -> None:
         if self.state.active is not None:
@@ -241,7 +254,7 @@ class SwitcherStateMachine(RuleBasedStateMachine):
     def a_phase_belongs_to_a_switch(self) -> None:
         switching = self.state.mode is Mode.SWITCHING
         assert (self.state.phase is not None) is switching
-        assert (self.state.target is not None) is switching
+        assert self.state.target is None or switching
 
 
 SwitcherStateMachine.TestCase.settings = settings(

@@ -113,13 +113,14 @@ class SwitchContext:
     def __init__(
         self,
         from_model: str | None,
-        to_model: str,
+        to_model: str | None,
         in_flight: Callable[[], int],
         wait: Callable[[float | None], Awaitable[bool]],
         preempt: Callable[[int, float], Awaitable[None]],
     ) -> None:
         self.from_model = from_model
         self.to_model = to_model
+        """`None`: an operator, or its `ttl`, puts `from_model` to sleep, and no other model is woken."""
         self._in_flight = in_flight
         self._wait = wait
         self._preempt = preempt
@@ -141,7 +142,8 @@ class SwitchContext:
 
         Returns when all that run may be: one that was frozen `max_freezes` times finishes first. One that is frozen for
         longer than `max_frozen` seconds is ended with an error. Raises `BackendUnsupportedError` if the server of
-        `from_model` cannot keep its requests while it sleeps. May be cancelled at any time, as above.
+        `from_model` cannot keep its requests while it sleeps. May be cancelled at any time, as above. Where there is no
+        `to_model`, nobody waits for the memory: it then waits until they have finished.
         """
         await self._preempt(max_freezes, max_frozen)
 

@@ -206,6 +206,8 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
         exceptions.QueueFullError: exceptions.QueueFullError("m", "why"),
         exceptions.QueueTimeoutError: exceptions.QueueTimeoutError("m", 1.0, "why"),
         exceptions.SwitchError: exceptions.SwitchError("m", "why"),
+        exceptions.DrainingError: exceptions.DrainingError(),
+        exceptions.OperationError: exceptions.OperationError("why"),
         exceptions.InterruptedRequestError: exceptions.InterruptedRequestError("m"),
         exceptions.UpstreamError: exceptions.UpstreamError("m", "why"),
     }
