@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import anyio
 from opentelemetry.context import Context
 
-from . import telemetry as names
+from . import _names as names
 from ._backoff import Backoff
 from ._decision import Decider
 from ._estimates import Estimates
@@ -220,11 +220,12 @@ class Driver:
         parent = order.context if order is not None else waiters[0].context if waiters else Context()
         links = [waiter.span.get_span_context() for waiter in waiters]
         with self._telemetry.switch(parent, links, attributes) as span:
+            error: Exception | None = None
             try:
                 with only_own_cancellation():
                     switched = await self._prepare(origin, to, order) and await self._execute(origin, to, order)
             except Exception as exc:  # noqa: BLE001 - whatever a backend raises, nothing may be left half-done
-                outcome = "failed"
+                outcome, error = "failed", exc
                 failed(span, exc)
                 self._link_newcomers(span, waiters, to)
                 if order is not None:
@@ -247,10 +248,7 @@ class Driver:
                 text = "switched from %r to %r in %.3f s; %d requests waited for it"
                 logger.info(text, origin, to, duration, served)
                 self._save_estimates()
-            self._telemetry.switch_duration.record(
-                duration,
-                {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to or "", names.SWITCH_OUTCOME: outcome},
-            )
+            self._telemetry.switched(origin, to, outcome, duration, error)
 
     def _settle(self, to: str | None, *, switched: bool) -> list[Ticket]:
         """End the switch in the state machine. Returns the tickets that this grants."""

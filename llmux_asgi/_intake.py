@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from dataclasses import dataclass
 from itertools import chain
 
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
 from ._openai import Headers
 from ._waiting import within
-from .exceptions import BodyTimeoutError, BuffersFullError, EncodedBodyError, HeadersTooLargeError, InvalidRequestError
+from .exceptions import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    BuffersFullError,
+    EncodedBodyError,
+    HeadersTooLargeError,
+    InvalidRequestError,
+)
 
 __all__ = ["Intake", "Upload"]
 
@@ -58,19 +66,37 @@ class Upload:
         self._began = time.monotonic()
         self._held = 0
 
-    async def receive(self) -> Message:
-        """Return the next ASGI message. Raises `BodyTimeoutError` or `BuffersFullError`."""
+    async def read(self, limit: int, announced: bytes) -> bytes | None:
+        """Return the body, `None` if the client left before it was whole. `announced` is its `Content-Length`.
+
+        Raises `BodyTooLargeError` beyond `limit` bytes, `BodyTimeoutError` or `BuffersFullError`.
+        """
+        if announced.isdigit() and int(announced) > limit:
+            raise BodyTooLargeError(limit)
         intake = self._intake
-        try:
-            message = await within(self._began + intake.body_timeout - time.monotonic(), self._receive())
-        except TimeoutError:
-            raise BodyTimeoutError(intake.body_timeout) from None
-        size = len(message.get("body", b""))
-        if intake.held + size > intake.max_buffered:
-            raise BuffersFullError(intake.max_buffered)
-        intake.held += size
-        self._held += size
-        return message
+        whole: io.BytesIO | None = None
+        while True:
+            try:
+                message = await within(self._began + intake.body_timeout - time.monotonic(), self._receive())
+            except TimeoutError:
+                raise BodyTimeoutError(intake.body_timeout) from None
+            if message["type"] == "http.disconnect":
+                return None
+            part: bytes = message.get("body", b"")
+            if intake.held + len(part) > intake.max_buffered:
+                raise BuffersFullError(intake.max_buffered)
+            intake.held += len(part)
+            self._held += len(part)
+            if self._held > limit:
+                raise BodyTooLargeError(limit)
+            last = not message.get("more_body", False)
+            if whole is None and last:
+                return part
+            # Grows in place, and gives what it holds without a copy: joining the parts would hold everything twice.
+            whole = whole or io.BytesIO()
+            whole.write(part)
+            if last:
+                return whole.getvalue()
 
     def close(self) -> None:
         """The request is over, and its body not held any more."""

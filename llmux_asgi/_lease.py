@@ -11,7 +11,7 @@ import anyio
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 
-from . import telemetry as names
+from . import _names as names
 from ._state import Ticket
 from .exceptions import LLMuxError
 
@@ -207,6 +207,10 @@ class Lease:
             self._released = True
             self._activation.leases.discard(self)
             self._switcher._release(self.model, self.head_start, frozen=self._activation.freeze is not None)
+
+    def count_failure(self, error: LLMuxError) -> None:
+        """Have it counted that the request failed after its answer had begun."""
+        self._switcher.telemetry.request_failed(self.model, error)
 
     def distrust(self) -> None:
         """Report that the server did not behave as an awake one does: every server is asked before the next request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -42,6 +43,7 @@ _NOT_SENT_UP = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"accept-en
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"api-key", b"cookie"})
 # The ASGI server of the gateway writes its own date and server.
 _NOT_SENT_DOWN = _HOP_BY_HOP | {b"date", b"server"}
+_READ_OR_DROPPED = _NOT_SENT_DOWN | {b"content-length", b"content-type", b"content-encoding"}
 
 
 # Headers
@@ -90,24 +92,31 @@ class AnswerHead:
         named: set[bytes] = set()
         for raw, value in headers:
             name = raw.lower()
-            if name in _NOT_SENT_DOWN:
+            if name not in _READ_OR_DROPPED:
+                kept.append((name, value))
+            elif name in _NOT_SENT_DOWN:
                 if name == b"transfer-encoding":
                     chunked = True
                 elif name == b"connection":
                     named |= _tokens(value)
-                continue
-            if name == b"content-length":
-                length = int(value) if length is None and value.isdigit() else length
-            elif name == b"content-type":
-                events = value.startswith(b"text/event-stream")
-            elif name == b"content-encoding":
-                encoded = value != b"identity"  # although it was asked not to
-            kept.append((name, value))
+            else:
+                kept.append((name, value))
+                if name == b"content-length":
+                    length = int(value) if length is None and value.isdigit() else length
+                elif name == b"content-type":
+                    events = value.startswith(b"text/event-stream")
+                else:
+                    encoded = value != b"identity"  # although it was asked not to
         if chunked:  # by RFC 9112 a length beside it does not count
             named.add(b"content-length")
         if named:
             kept = [pair for pair in kept if pair[0] not in named]
         return cls(kept, None if chunked else length, events and not encoded)
+
+
+def is_event_stream(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Say whether an answer with these headers is a stream of server-sent events."""
+    return any(name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
 
 
 def _tokens(value: bytes) -> set[bytes]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import msgspec
 from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
-from . import telemetry as names
+from . import _names as names
 from ._errors import error_event
 from ._lease import Freeze, Lease
 from ._openai import (
@@ -32,6 +33,7 @@ from .config import ModelConfig, TimeoutsConfig, read_secret
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
 from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
+from .upstream._protocol import running_loop
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +45,16 @@ SCOPE_ADDRESS = "llmux.address"
 """Key of the ASGI scope with the request's `Address`: its route, and its path below the gateway's mount point."""
 SCOPE_NAMED = "llmux.named"
 """Key of the ASGI scope with the model that the body names; `None`: it has not been looked at."""
+SCOPE_BODY = "llmux.body"
+"""Key of the ASGI scope with the request's body, for the app that relays it; `receive` gives it too."""
 SCOPE_LAST_TRY = "llmux.last_try"
 """Key of the ASGI scope that says whether a request is sent for the last time."""
 
 _ERROR_EVENT: dict[ErrorShape, bytes] = {"openai": b'data: {"error"', "anthropic": b"event: error\n"}
 """What a server sends in a stream that its engine does not go on with."""
 _WATCH_AFTER = 0.05
-"""Seconds from which on the client is watched: whoever leaves earlier is noticed then, and an answer in time costs no task."""
+"""Seconds from which on, or up to twice as many, a client is watched: who leaves earlier is noticed then, and an answer in
+time costs neither a task nor a timer."""
 INTERRUPTED_GRACE = 1.0
 """Seconds that the answer of an interrupted request has to arrive in, once its model is asleep."""
 _HEARTBEAT = b": the model makes way for another one; the answer goes on at its next turn\n\n"
@@ -78,29 +83,34 @@ class Proxy:
         write_timeout: float = 60.0,
     ) -> None:
         self.targets = {name: Target.of(name, model, max_frozen) for name, model in models.items()}
-        self._upstream = Http1Upstream() if upstream is None else upstream
+        self.upstream = Http1Upstream() if upstream is None else upstream
         self._heartbeat = heartbeat
         self._write_timeout = write_timeout
         self._relays: set[_Relay] = set()
         """Those that are under way."""
+        self._clients = _Clients()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
-        body = await _read_body(receive)
+        body: bytes | None = scope.pop(SCOPE_BODY, None)
+        if body is None:
+            body = await _read_body(receive)
         if body is not None:
             target = self.targets[scope[SCOPE_LEASE].model]
-            relay = _Relay(scope, receive, send, target, self._upstream, self._heartbeat, self._write_timeout)
+            relay = _Relay(scope, receive, send, target, self.upstream, self._heartbeat, self._write_timeout)
             self._relays.add(relay)
+            self._clients.add(relay)
             try:
                 await relay.run(body)
             finally:
                 self._relays.discard(relay)
+                self._clients.discard(relay)
 
     async def aclose(self) -> None:
         """End what is under way, with an error to its clients, and close the connections to the servers."""
         for relay in self._relays:
             relay.cancel()
-        await self._upstream.aclose()
+        await self.upstream.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +137,36 @@ class Target:
         return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry, authorization)
 
 
+class _Clients:
+    """Has the clients of those relays watched that have gone on for a while: one timer for all of them."""
+
+    def __init__(self) -> None:
+        self._unwatched: dict[_Relay, int] = {}
+        """The turn of the timer in which each came, the oldest first."""
+        self._turn = 0
+        self._timer: Later | None = None
+        self._loop: object = None
+
+    def add(self, relay: _Relay) -> None:
+        """Watch its client from some `_WATCH_AFTER` seconds on."""
+        self._unwatched[relay] = self._turn
+        if self._timer is None or self._loop is not running_loop():  # an event loop that has ended runs no timers
+            self._loop = running_loop()
+            self._timer = Later(self._look, _WATCH_AFTER)
+
+    def discard(self, relay: _Relay) -> None:
+        """It is over."""
+        self._unwatched.pop(relay, None)
+
+    async def _look(self) -> None:
+        due = [relay for relay, turn in self._unwatched.items() if turn < self._turn]
+        self._turn += 1
+        for relay in due:
+            del self._unwatched[relay]
+            relay.watch()
+        self._timer = Later(self._look, _WATCH_AFTER) if self._unwatched else None
+
+
 class _Relay:
     """One request on its way."""
 
@@ -140,6 +180,7 @@ class _Relay:
         heartbeat: float,
         write_timeout: float,
     ) -> None:
+        self._context = copy_context()
         self._scope = scope
         self._receive = receive
         self._beside: list[Later] = []
@@ -154,8 +195,6 @@ class _Relay:
         self._client_left = False
         self._frozen_too_long: LLMuxError | None = None
         self._started = False
-        self._sending = False
-        """Whether a part of the answer is on its way to the client."""
         self._beating: anyio.Event | None = None
         """Set when the heartbeat that is on its way to the client is out."""
         self._streams_events = False
@@ -167,7 +206,6 @@ class _Relay:
         """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
 
     async def run(self, body: bytes) -> None:
-        self._run_beside(self._watch_client, _WATCH_AFTER)
         try:
             with self._relaying, self._lease.exchange(self._interrupt, self._freeze):
                 while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
@@ -196,8 +234,12 @@ class _Relay:
         """End the exchange; the client is told that its request was interrupted."""
         self._relaying.cancel()
 
-    def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]], delay: float = 0.0) -> None:
-        self._beside.append(Later(function, delay))
+    def watch(self) -> None:
+        """From now on, end it when its client leaves."""
+        self._context.run(self._run_beside, self._watch_client)
+
+    def _run_beside(self, function: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._beside.append(Later(function, 0.0))
 
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -231,7 +273,7 @@ class _Relay:
             self._relaying.cancel()
 
     async def _beat(self) -> None:
-        if self._streams_events and self._started and not (self._in_event or self._ended or self._sending):
+        if self._streams_events and self._started and not (self._in_event or self._ended or self._send.busy):
             self._beating = beating = anyio.Event()
             try:
                 await self._send({"type": "http.response.body", "body": _HEARTBEAT, "more_body": True})
@@ -257,25 +299,22 @@ class _Relay:
             self._target.timeouts,
         )
         try:
-            await self._pass_answer(response, body)
+            if response.status >= 500:
+                self._lease.distrust()  # its engine may have died
+                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                    raise UpstreamFault(f"answered {response.status}.")
+            head = AnswerHead.of(response.headers)
+            self._streams_events = head.is_events
+            start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
+            # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
+            if head.is_events:
+                await self._relay_events(start, response, InterruptedAnswer(route.path, body))
+            elif self._lease.interrupted:
+                await self._relay_checked(start, response, InterruptedAnswer(route.path, body))
+            else:
+                await self._relay_plain(start, response, head.length)
         finally:
             await response.aclose()
-
-    async def _pass_answer(self, response: UpstreamResponse, body: bytes) -> None:
-        if response.status >= 500:
-            self._lease.distrust()  # its engine may have died
-            if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
-                raise UpstreamFault(f"answered {response.status}.")
-        head = AnswerHead.of(response.headers)
-        self._streams_events = head.is_events
-        start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
-        # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
-        if head.is_events:
-            await self._relay_events(start, response, InterruptedAnswer(self._address.route.path, body))
-        elif self._lease.interrupted:
-            await self._relay_checked(start, response, InterruptedAnswer(self._address.route.path, body))
-        else:
-            await self._relay_plain(start, response, head.length)
 
     async def _relay_plain(self, start: Message, response: UpstreamResponse, left: int | None) -> None:
         await self._begin(start)
@@ -320,20 +359,23 @@ class _Relay:
         await self._begin(start)
         await self._pass_on(body, last=True)
 
-    async def _begin(self, start: Message) -> None:
+    def _begin(self, start: Message) -> Awaitable[None]:
         self._started = True
-        await self._send(start)
+        return self._send(start)
 
-    async def _pass_on(self, data: bytes, *, last: bool = False) -> None:
+    def _pass_on(self, data: bytes, *, last: bool = False) -> Awaitable[None]:
+        # Neither is a coroutine of its own: every part of an answer passes through here.
         if self._beating is not None:
-            await self._beating.wait()
-        self._sending = True
+            return self._pass_on_after(self._beating, data, last=last)
         self._done = self._done or last
         # Before it is sent: an ASGI server may tell of the exchange's end before `send` has returned, and has then still to
         # put its connection in order (hypercorn starts a timer), which must not be cancelled.
         self._ended = last
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
-        self._sending = False
+        return self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _pass_on_after(self, beating: anyio.Event, data: bytes, *, last: bool) -> None:
+        await beating.wait()
+        await self._pass_on(data, last=last)
 
     def _drop_client(self) -> None:
         """The client does not read its answer: end the exchange. Nothing more can be told to it."""
@@ -353,6 +395,7 @@ class _Relay:
             raise error
         logger.warning("%s", error)
         failed(trace.get_current_span(), error)
+        self._lease.count_failure(error)
         if self._streams_events:
             await self._pass_on(error_event(error, self._address.route.errors), last=True)
         # Any other answer is left unfinished: the server then cuts the connection, which no client takes for a whole answer.

@@ -17,7 +17,7 @@ from anyio.abc import TaskGroup
 from opentelemetry.trace import Span
 from starlette.types import Receive, Scope, Send
 
-from . import telemetry as names
+from . import _names as names
 from ._errors import describe
 from ._json_body import read_json, with_json_model
 from ._lease import Freeze, Lease

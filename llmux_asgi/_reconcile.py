@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from opentelemetry import trace
 
-from . import telemetry as names
+from . import _names as names
 from ._backoff import Backoff
 from ._journal import Journal
 from ._lease import Activation

@@ -60,7 +60,9 @@ class SwitchRecords:
                 yield
         finally:
             if record is not None and model is not None:
-                record.phases[phase.value] = record.phases.get(phase.value, 0.0) + self._clock() - begun
+                duration = self._clock() - begun
+                record.phases[phase.value] = record.phases.get(phase.value, 0.0) + duration
+                self._telemetry.phase_took(phase.value, model, duration)
 
     def end(self, outcome: str, *, served: int = 0, longest_wait: float | None = None) -> float:
         """The switch is over: `completed`, `abandoned` or `failed`. Returns how many seconds it took."""

@@ -35,8 +35,8 @@ class WaitingRoom:
         """Set when the policy may decide otherwise than before. Whoever waits for it puts a new one here first."""
         self.drained = anyio.Event()
         """Set when the active model's last running request is over. As above."""
-        self.released = anyio.Event()
-        """Set when any request is over. See `until_release`."""
+        self._released: anyio.Event | None = None
+        """Set when any request is over, if somebody waits for that: see `until_release`."""
         self.give_up: anyio.CancelScope | None = None
         """Cancelled when nobody waits for the target any more, as long as the switch can be given up."""
         self.drop_deferral: Callable[[str], None] = lambda model: None
@@ -53,14 +53,15 @@ class WaitingRoom:
         elif self.state.release(model, now := self._clock(), head_start) and model == self.state.active:
             self.drained.set()
             self.shares.note(now)
-        self.released.set()
+        if self._released is not None:
+            self._released.set()
         self.changed.set()
 
     async def until_release(self) -> None:
         """Wait until any request is over."""
-        if self.released.is_set():  # another task may wait for the present one
-            self.released = anyio.Event()
-        await self.released.wait()
+        if self._released is None or self._released.is_set():  # another task may wait for the present one
+            self._released = anyio.Event()
+        await self._released.wait()
 
     def withdraw(self, waiter: Waiter) -> None:
         """Undo what a request that goes away has got: its place in the queue, or the lease granted a moment ago."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from . import telemetry as names
+from . import _names as names
 from ._estimates import Estimates
 from ._record import SwitchRecords
 from ._servers import Servers

@@ -162,6 +162,11 @@ class SendWatch:
         """Nothing more is sent. Lets go of those who are told, who mostly hold this in turn."""
         self._start = self._stalled = _nobody
 
+    @property
+    def busy(self) -> bool:
+        """Whether a message is waiting to be taken."""
+        return self._since is not None
+
     async def __call__(self, message: Message) -> None:
         """Send one message. One at a time."""
         steps = self._send(message).__await__()

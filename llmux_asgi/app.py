@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
 from ._openai import Headers
-from ._proxy import Proxy
+from ._proxy import Proxy, Target
 from ._realtime import Realtime, refuse_websocket
 from ._responses import ResponseModels
 from ._routes import (
@@ -32,8 +32,15 @@ from ._routes import (
 from ._spawn import beside
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .backends import with_ports
-from .config import ConfigSource, load_config
-from .exceptions import LLMuxError, MethodNotAllowedError, UnknownModelError, UnknownResponseError, UnknownRouteError
+from .config import Config, ConfigSource, load_config
+from .exceptions import (
+    ConfigError,
+    LLMuxError,
+    MethodNotAllowedError,
+    UnknownModelError,
+    UnknownResponseError,
+    UnknownRouteError,
+)
 from .middleware import MODEL_HEADER, LLMuxMiddleware, route_path
 from .policy import SwitchPolicy
 from .switcher import ModelSwitcher
@@ -43,6 +50,8 @@ from .upstream import Upstream
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
+
+    from .exposition import MetricsEndpoint
 
 __all__ = ["LLMuxApp"]
 
@@ -77,9 +86,10 @@ class LLMuxApp:
         identify: Identify | None = None,
     ) -> None:
         self.config = with_ports(load_config(config))
-        self.switcher = ModelSwitcher.from_config(
-            self.config, policy=policy, memory=memory, telemetry=Telemetry(tracer_provider, meter_provider)
-        )
+        self._metrics = _metrics_endpoint(self.config)
+        exposition = self._metrics.provider if self._metrics is not None else None
+        telemetry = Telemetry(tracer_provider, meter_provider, exposition=exposition)
+        self.switcher = ModelSwitcher.from_config(self.config, policy=policy, memory=memory, telemetry=telemetry)
         self._proxy = Proxy(
             self.config.models,
             upstream,
@@ -87,6 +97,8 @@ class LLMuxApp:
             max_frozen=self.switcher.max_frozen,
             write_timeout=self.config.limits.write_timeout,
         )
+        if self._metrics is not None:
+            self._metrics.scrape(self._scraped, self._proxy.upstream)
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
             self._responses,
@@ -120,6 +132,11 @@ class LLMuxApp:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
             await _run_lifespan(self.lifespan, scope, receive, send)
+        elif self._metrics is not None and self._metrics.is_asked_for(scope):
+            if self._metrics.has_key or self._access is None:
+                await self._metrics(scope, receive, send)
+            else:
+                await self._access.serve(self._metrics, scope, receive, send)
         elif self._access is None:
             await self._serve(scope, receive, send)
         else:
@@ -165,6 +182,14 @@ class LLMuxApp:
     async def _preload(self) -> None:
         # The first of the configuration comes last, and stays.
         await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
+
+    def _scraped(self) -> dict[str, Target]:
+        """The servers that tell metrics of their own. A router is not asked: it would load a model for it."""
+        return {
+            name: target
+            for name, target in self._proxy.targets.items()
+            if name in self.config.models and self.config.models[name].server in ("vllm", "sglang")
+        }
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -233,6 +258,16 @@ class LLMuxApp:
         if model is None:
             raise UnknownResponseError(response)
         return replace(address, model=model)
+
+
+def _metrics_endpoint(config: Config) -> MetricsEndpoint | None:
+    if config.metrics is None:
+        return None
+    try:
+        from .exposition import MetricsEndpoint
+    except ImportError:
+        raise ConfigError("$.metrics: needs the extra prometheus: pip install 'llmux-asgi[prometheus]'") from None
+    return MetricsEndpoint(config.metrics)
 
 
 async def _answer_json(send: Send, content: object) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Awaitable, Collection, Mapping
 from functools import partial
 from typing import Literal
 
@@ -14,23 +14,22 @@ from opentelemetry.trace import INVALID_SPAN, Span
 from opentelemetry.util.types import AttributeValue
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import telemetry as names
+from . import _names as names
 from ._errors import describe
 from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
 from ._notice import Notice, Notices
-from ._openai import PRIORITY_HEADER, Headers
+from ._openai import PRIORITY_HEADER, Headers, is_event_stream
 from ._parameters import Parameters
 from ._payload import read_payload
-from ._proxy import SCOPE_ADDRESS, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
+from ._proxy import SCOPE_ADDRESS, SCOPE_BODY, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from .access import SCOPE_GRANT, Grant
 from .config import LoadingNotice, ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
-    BodyTooLargeError,
     InterruptedRequestError,
     InvalidRequestError,
     LLMuxError,
@@ -148,6 +147,24 @@ class LLMuxMiddleware:
 class _Responder:
     """One request: its body read ahead, its lease, how far its answer has come."""
 
+    _body: bytes | None = None
+    _named: str | None = None
+    """The model that the body names, if it was looked at."""
+    _replayed = False
+    _waited = 0.0
+    _priority: str | None = None
+    _disconnected = False
+    _lease: Lease | None = None
+    _notice: Notice | None = None
+    """Present once it has waited, if it is told of that."""
+    _wire: Send | None = None
+    """Where a send goes that notes the first byte; `None`: there is none."""
+    _status = 0
+    _refused = False
+    """Whether the answer is an error of the gateway's own."""
+    _streamed = False
+    """Whether the answer is a stream of events; known if its first byte is waited for."""
+
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
     ) -> None:
@@ -162,20 +179,9 @@ class _Responder:
         """Attributes for the span, which takes all at once for the price of one."""
         self._receive = receive
         self._upload = Upload(middleware.intake, receive)
-        self._send = send
+        self._send = self._until_first_byte(send) if middleware.switcher.telemetry.is_measured else send
         self._address = address
         self._span = span
-        self._body: bytes | None = None
-        self._named: str | None = None
-        """The model that the body names, if it was looked at."""
-        self._replayed = False
-        self._waited = 0.0
-        self._priority: str | None = None
-        self._disconnected = False
-        self._notice: Notice | None = None
-        """Present once it has waited, if it is to be told of that."""
-        self._lease: Lease | None = None
-        self._status = 0
         self._times = RequestTimes() if middleware.request_log is not None else None
         self._grant: Grant | None = scope.get(SCOPE_GRANT)
         """What the client may do; `None`: there is no access control."""
@@ -215,6 +221,7 @@ class _Responder:
             if self._status:
                 raise
             failed(self._span, exc)
+            self._switcher.telemetry.request_failed(model, exc)
             if isinstance(exc, SwitchError) and exc.switch is not None:
                 self._span.add_link(exc.switch)
             if not isinstance(exc, _NOT_LOGGED):
@@ -226,8 +233,7 @@ class _Responder:
                 self._notice.stop()
             if self._span.is_recording():
                 self._span.set_attributes(self._noted)
-            counted: dict[str, str | int] = {names.MODEL: model, names.HTTP_RESPONSE_STATUS_CODE: self._status}
-            self._switcher.telemetry.requests.add(1, counted)
+            self._switcher.telemetry.answered(model, self._status)
             if model and self._times is not None and self._middleware.request_log is not None:
                 frozen = self._lease.frozen_time if self._lease is not None else 0.0
                 key = self._grant.identity.name if self._grant is not None else None
@@ -235,36 +241,39 @@ class _Responder:
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
-        try:
-            await self._attempt(model, last=False)
-        except (InterruptedRequestError, UpstreamError) as exc:
-            if self._status or not exc.may_retry:
-                raise
-            logger.warning("%s The request is sent once more.", exc)
-            self._span.record_exception(exc)
-            self._replayed = False
-            await self._attempt(model, last=True)
+        ours = {SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, "headers": self._headers}
+        last = False
+        while True:
+            lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
+            if lease is None:
+                return
+            self._lease = lease
+            try:
+                self._admitted(lease)
+                scope = {**self._scope, **ours, SCOPE_LEASE: lease, SCOPE_LAST_TRY: last, SCOPE_BODY: self._body}
+                await self._middleware.app(scope, self._replay, self._watch_answer)
+                return
+            except (InterruptedRequestError, UpstreamError) as exc:
+                if last or self._status or not exc.may_retry:
+                    raise
+                logger.warning("%s The request is sent once more.", exc)
+                self._span.record_exception(exc)
+                self._replayed, last = False, True
+            finally:
+                lease.release()
 
-    async def _attempt(self, model: str, *, last: bool) -> None:
-        lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
-        if lease is None:
-            return
-        self._lease = lease
-        try:
-            self._waited += lease.waited
-            if self._times is not None:
-                self._times.admitted(self._waited)
+    def _admitted(self, lease: Lease) -> None:
+        self._waited += lease.waited
+        if self._times is not None:
+            self._times.admitted(self._waited)
+        if self._waited:
             self._noted[names.QUEUE_TIME] = self._waited
-            self._switcher.telemetry.queue_time.record(lease.waited, {names.MODEL: model})
-            if lease.switch is not None:
-                self._span.add_link(lease.switch)
-            if self._grant is not None:
-                self._grant.reach()
-            ours = {SCOPE_LEASE: lease, SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, SCOPE_LAST_TRY: last}
-            scope = {**self._scope, "headers": self._headers, **ours}
-            await self._middleware.app(scope, self._replay, self._watch_answer)
-        finally:
-            lease.release()
+        if lease.waited:
+            self._switcher.telemetry.queued(lease.model, lease.waited)
+        if lease.switch is not None:
+            self._span.add_link(lease.switch)
+        if self._grant is not None:
+            self._grant.reach()
 
     async def _wait_for_lease(self, model: str) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
@@ -299,13 +308,16 @@ class _Responder:
         if not notices.fit(route) or not self._asks_for_a_stream():
             return None
         progress, grant = partial(self._switcher.progress, model), self._grant
-        if grant is None:
-            self._notice = Notice(notices, route, model, self._send, progress)
-            self._send = self._notice.send
-        else:
-            # What the client has left is reckoned from the answer, and not from the notices.
+        # What looks at the answer on its way, to measure it or to charge for it, is not to see the notices.
+        if grant is not None:
             self._notice = Notice(notices, route, model, grant.send, progress, grant.headers)
             grant.send = self._notice.send
+        elif self._wire is not None:
+            self._notice = Notice(notices, route, model, self._wire, progress)
+            self._wire = self._notice.send
+        else:
+            self._notice = Notice(notices, route, model, self._send, progress)
+            self._send = self._notice.send
         return self._notice
 
     def _asks_for_a_stream(self) -> bool:
@@ -319,12 +331,15 @@ class _Responder:
     async def _find_name(self) -> str:
         self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
         # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
-        if not await self._read_body():
+        self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
+        if self._body is None:
+            self._note_disconnect()
             return ""
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
-        named, streams = read_payload(self._address.route, self._headers, self._body or b"")
-        self._noted[names.GEN_AI_REQUEST_STREAM] = streams
+        named, streams = read_payload(self._address.route, self._headers, self._body)
+        if streams:
+            self._noted[names.GEN_AI_REQUEST_STREAM] = True
         if self._times is not None:
             self._times.stream = streams
         self._named = named_model(named)
@@ -341,34 +356,6 @@ class _Responder:
     def _field(self, name: bytes) -> str | None:
         value = self._fields.get(name)
         return None if value is None else value.decode("latin-1")
-
-    async def _read_body(self) -> bool:
-        """Read the request's body whole. Returns False if the client left. Raises `BodyTooLargeError`."""
-        limit = self._middleware.max_body
-        announced = self._fields.get(b"content-length", b"")
-        if announced.isdigit() and int(announced) > limit:
-            raise BodyTooLargeError(limit)
-        whole: io.BytesIO | None = None
-        size = 0
-        while True:
-            message = await self._upload.receive()
-            if message["type"] == "http.disconnect":
-                self._note_disconnect()
-                return False
-            part: bytes = message.get("body", b"")
-            size += len(part)
-            if size > limit:
-                raise BodyTooLargeError(limit)
-            last = not message.get("more_body", False)
-            if whole is None and last:
-                self._body = part
-                return True
-            # Grows in place, and gives what it holds without a copy: joining the parts would hold everything twice.
-            whole = whole or io.BytesIO()
-            whole.write(part)
-            if last:
-                self._body = whole.getvalue()
-                return True
 
     async def _watch_client(self, waiting: anyio.CancelScope) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -391,22 +378,45 @@ class _Responder:
             self._upload.close()
         return message
 
-    async def _watch_answer(self, message: Message) -> None:
+    def _watch_answer(self, message: Message) -> Awaitable[None]:
+        # Not a coroutine of its own: every message passes through here.
         if message["type"] == "http.response.start":
             self._status = message["status"]
             self._body, self._fields = None, {}  # they are not needed any more
             self._noted[names.HTTP_RESPONSE_STATUS_CODE] = self._status
-        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last:
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self._upload.close()  # not after it: some servers never return from a `send` to a client that has gone
+            return self._send_last(message)
+        return self._send(message)
+
+    async def _send_last(self, message: Message) -> None:
         await self._send(message)
-        if is_last and self._lease is not None:
+        if self._lease is not None:
             # The last byte is out: what the app does from here on (background tasks) needs no awake model.
             self._lease.release()
             if self._times is not None:
                 self._times.ended()
 
+    def _until_first_byte(self, send: Send) -> Send:
+        """Note how long the first byte of a server's answer takes; what comes after it passes by."""
+        begun = time.monotonic()
+        self._wire = send
+
+        def watched(message: Message) -> Awaitable[None]:
+            wire = self._wire or send
+            if message.get("body"):
+                self._send = wire
+                if self._lease is not None and not self._refused:
+                    seconds, streamed = time.monotonic() - begun, self._streamed
+                    self._switcher.telemetry.first_byte(self._lease.model, seconds, streamed=streamed)
+            elif message["type"] == "http.response.start":
+                self._streamed = is_event_stream(message["headers"])
+            return wire(message)
+
+        return watched
+
     async def _refuse(self, exc: LLMuxError) -> None:
+        self._refused = True
         answer = describe(exc, self._address.route.errors)
         headers = answer.headers
         if isinstance(exc, BodyTimeoutError) and self._scope.get("http_version", "1.1").startswith("1"):

@@ -10,7 +10,10 @@ import asyncio
 import gc
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+try:
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+except ImportError as error:
+    raise ImportError(f"llmux_asgi.serving needs the extra server: pip install 'llmux-asgi[server]' ({error})") from error
 
 __all__ = ["GatheringProtocol", "tune_garbage_collection"]
 
@@ -59,6 +62,9 @@ class _Gathering:
         self._size += len(data)
         if self._size > _MOST_GATHERED:  # so that the transport can say when it is too much
             self._flush()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
     def close(self) -> None:
         self._flush()

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 
@@ -130,6 +131,8 @@ class ModelSwitcher:
             lambda model: self._estimates.of(model, self._sleep_level(model)),
             clock,
         )
+        reference = weakref.ref(self)
+        self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0
         """How many calls of `aclose` are under way."""
         self._refusing = False
@@ -214,7 +217,7 @@ class ModelSwitcher:
 
         Raises `InvalidRequestError` if there is no class `priority`.
         """
-        name = self.resolve(model)
+        name = self._names.get(model)
         if name is None or self._refusing:
             return None
         head_start = self._priorities.head_start(self._priorities.choose(name, priority))

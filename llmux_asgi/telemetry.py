@@ -1,80 +1,39 @@
-"""Names of spans, metrics and attributes, and thin wrappers on the OpenTelemetry API. The SDK is the user's.
+"""Thin wrappers on the OpenTelemetry API: spans, metrics, trace context in headers. The SDK is the user's.
 
-    llmux.request                 one relayed request, from its arrival to the last byte of its answer
-    llmux.switch                  one switch, a child of the request that it was begun for, linked to all that waited for it
-    ├── cooldown                  the outgoing model has not been active for `min_active_duration` yet
-    ├── drain                     its running requests finish
-    ├── sleep                     it is put to sleep, confirmation included
-    ├── wake                      the target is woken
-    └── ready                     until the target takes requests
-
-Attributes follow the GenAI semantic conventions where those have a name; the rest starts with `llmux.`.
-Durations are in seconds. Source: https://opentelemetry.io/docs/specs/semconv/gen-ai/
+The names are in `_names.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
+from opentelemetry import baggage, metrics, trace
 from opentelemetry import context as otel_context
-from opentelemetry import metrics, trace
+from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
-from opentelemetry.propagate import extract, inject
-from opentelemetry.propagators.textmap import Getter, Setter
+from opentelemetry.propagate import extract, get_global_textmap, inject
+from opentelemetry.propagators.textmap import Getter, Setter, TextMapPropagator
 from opentelemetry.trace import Link, ProxyTracerProvider, Span, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from . import _names as names
+from ._instruments import Books, Instruments
+from ._names import ERROR_TYPE, SCOPE, SPAN_REQUEST, SPAN_SWITCH
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import Tracer, TracerProvider
     from opentelemetry.util.types import Attributes
 
+    from ._state import SwitcherStatistics
+
 __all__ = ["Headers", "RequestSpan", "Telemetry", "failed", "inject_headers"]
-
-SCOPE = "llmux_asgi"
-
-SPAN_REQUEST = "llmux.request"
-SPAN_SWITCH = "llmux.switch"
-
-GEN_AI_OPERATION_NAME = "gen_ai.operation.name"
-GEN_AI_PROVIDER_NAME = "gen_ai.provider.name"
-GEN_AI_REQUEST_MODEL = "gen_ai.request.model"
-GEN_AI_REQUEST_STREAM = "gen_ai.request.stream"
-HTTP_REQUEST_METHOD = "http.request.method"
-HTTP_RESPONSE_STATUS_CODE = "http.response.status_code"
-HTTP_ROUTE = "http.route"
-ERROR_TYPE = "error.type"
-ENDUSER_ID = "enduser.id"
-MODEL = "llmux.model"
-PRIORITY = "llmux.priority"
-QUEUE_TIME = "llmux.queue_time"
-FREEZES = "llmux.freezes"
-FROZEN_TIME = "llmux.frozen_time"
-CLIENT_DISCONNECTED = "llmux.client_disconnected"
-SWITCH_FROM = "llmux.switch.from"
-SWITCH_TO = "llmux.switch.to"
-SWITCH_SLEEP_LEVEL = "llmux.switch.sleep_level"
-SWITCH_POLICY = "llmux.switch.policy"
-SWITCH_WAITING = "llmux.switch.waiting"
-SWITCH_IN_FLIGHT = "llmux.switch.in_flight"
-SWITCH_FROZEN = "llmux.switch.frozen"
-SWITCH_OUTCOME = "llmux.switch.outcome"
-
-METRIC_SWITCH_DURATION = "llmux.switch.duration"
-METRIC_QUEUE_TIME = "llmux.queue.time"
-METRIC_REQUESTS = "llmux.requests"
-
-OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/messages": "chat",
-    "/v1/responses": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-}
-"""`gen_ai.operation.name` by route, for the routes that the conventions have a name for."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -127,12 +86,12 @@ class RequestSpan:
             # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
             # in there is this request's. What stays the same while a host hands a request on is its list of headers.
             current = Context()
-        hosted = trace.get_current_span(current).get_span_context().is_valid
-        parent = current if hosted else extract(self._headers, context=_NOTHING, getter=_GETTER)
+        hosted = bool(current) and trace.get_current_span(current).get_span_context().is_valid
+        parent = current if hosted else _extract(self._headers)
         kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
         self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
-        serving = otel_context.set_value(_SERVING_KEY, self._headers, trace.set_span_in_context(self._span, current))
-        self._token = otel_context.attach(serving)
+        serving = Context({**current, _SERVING_KEY: self._headers})
+        self._token = otel_context.attach(trace.set_span_in_context(self._span, serving))
         return self._span
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
@@ -143,31 +102,84 @@ class RequestSpan:
 
 
 class Telemetry:
-    """The spans and metrics of one gateway. Without providers it uses the global ones, as every instrumentation does."""
+    """The spans and metrics of one gateway. Without providers it uses the global ones, as every instrumentation does.
 
-    def __init__(self, tracer_provider: TracerProvider | None = None, meter_provider: MeterProvider | None = None) -> None:
+    `exposition` is a meter provider of the gateway's own, which gets the metrics too.
+    """
+
+    def __init__(
+        self,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+        *,
+        exposition: MeterProvider | None = None,
+    ) -> None:
         self._tracer = trace.get_tracer(SCOPE, tracer_provider=tracer_provider)
         self._is_traced = tracer_provider is not None
+        self._instruments: list[Instruments] = []
+        self._has_meter = meter_provider is not None
+        self.is_measured = False
+        """Whether anybody may collect metrics, as of the last look at `is_traced`. If not, nothing has to be measured."""
+        self._books = Books()
+        for provider in (exposition, meter_provider):
+            if provider is not None:
+                self._measure(provider)
         self._look_again = 0.0
-        meter = metrics.get_meter(SCOPE, meter_provider=meter_provider)
-        self.switch_duration = meter.create_histogram(METRIC_SWITCH_DURATION, "s", "Duration of a switch")
-        self.queue_time = meter.create_histogram(METRIC_QUEUE_TIME, "s", "Time a request waited for its model")
-        self.requests = meter.create_counter(METRIC_REQUESTS, "{request}", "Requests answered")
+        self._look()
 
     @property
     def is_traced(self) -> bool:
         """Whether there is a tracer provider. Looked for once a second: without one nothing of a span is worth its cost."""
-        if not self._is_traced and (now := time.monotonic()) >= self._look_again:
-            self._is_traced, self._look_again = _is_traced(), now + 1.0
+        if time.monotonic() >= self._look_again:
+            self._look()
         return self._is_traced
+
+    def observe(self, statistics: Callable[[], SwitcherStatistics | None]) -> None:
+        """Have the gauges read what this function returns, whenever somebody collects, in whatever thread."""
+        self._books.statistics = statistics
 
     def request(self, headers: Headers, attributes: Attributes) -> AbstractContextManager[Span]:
         """Open the span of a request: a child of the host's span if it has one, else of the caller's `traceparent`."""
         return RequestSpan(self._tracer, headers, attributes)
 
+    def answered(self, model: str, status: int) -> None:
+        """Count a request that is over. The status is 0 if its client left before the answer began."""
+        counts, key = self._books.requests, (model, status)
+        counts[key] = counts.get(key, 0) + 1
+
+    def request_failed(self, model: str, exc: BaseException) -> None:
+        """Count a request that the gateway has answered, or ended, with an error of its own."""
+        _count(self._books.request_failures, model, exc)
+
+    def queued(self, model: str, seconds: float) -> None:
+        """Note how long a request had to wait for its model."""
+        for each in self._instruments:
+            each.queue_time.record(seconds, {names.MODEL: model})
+
+    def first_byte(self, model: str, seconds: float, *, streamed: bool) -> None:
+        """Note how long after its request the first byte of an answer's body came."""
+        for each in self._instruments:
+            each.first_byte.record(seconds, {names.MODEL: model, names.STREAMED: streamed})
+
+    def phase_took(self, name: str, model: str, seconds: float) -> None:
+        """Note a phase of a switch that is over, and the model that it was about."""
+        for each in self._instruments:
+            each.phase_duration.record(seconds, {names.SWITCH_PHASE: name, names.MODEL: model})
+
+    def switched(
+        self, origin: str | None, to: str | None, outcome: str, seconds: float, exc: BaseException | None = None
+    ) -> None:
+        """Note a switch that is over, and what made it fail if it has."""
+        if exc is not None:
+            _count(self._books.switch_failures, to or "", exc)
+        attributes = {names.SWITCH_FROM: origin or "", names.SWITCH_TO: to or "", names.SWITCH_OUTCOME: outcome}
+        for each in self._instruments:
+            each.switch_duration.record(seconds, attributes)
+
     @contextmanager
     def switch(self, parent: Context, waiters: Sequence[SpanContext], attributes: Attributes) -> Iterator[Span]:
         """Open the span of a switch, under the span of the request that began it."""
+        self._look()
         links = [Link(context) for context in waiters if context.is_valid]
         with self._tracer.start_as_current_span(SPAN_SWITCH, context=parent, links=links, attributes=attributes) as span:
             yield span
@@ -177,6 +189,32 @@ class Telemetry:
         """Open the span of one phase of the current switch."""
         with self._tracer.start_as_current_span(name, attributes=attributes) as span:
             yield span
+
+    def _look(self) -> None:
+        """See whether the application has set global providers meanwhile."""
+        self._look_again = time.monotonic() + 1.0
+        self._is_traced = self._is_traced or not isinstance(trace.get_tracer_provider(), ProxyTracerProvider)
+        if not self._has_meter:
+            provider = metrics.get_meter_provider()
+            # The API's own stand for none: there is no public name for that of them which waits for another one.
+            if not type(provider).__module__.startswith("opentelemetry.metrics"):
+                self._has_meter = True
+                self._measure(provider)
+
+    def _measure(self, provider: MeterProvider) -> None:
+        number = _GATEWAYS[provider] = _GATEWAYS.get(provider, 0) + 1
+        meter = provider.get_meter(SCOPE if number == 1 else f"{SCOPE}.{number}")
+        self._instruments.append(Instruments(meter, self._books))
+        self.is_measured = True
+
+
+_GATEWAYS: WeakKeyDictionary[MeterProvider, int] = WeakKeyDictionary()
+"""How many gateways record into a provider. Each has a meter of its own: of two gauges by one name the SDK reads the first."""
+
+
+def _count(counts: dict[tuple[str, str], int], model: str, exc: BaseException) -> None:
+    key = model, type(exc).__qualname__
+    counts[key] = counts.get(key, 0) + 1
 
 
 def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
@@ -188,13 +226,38 @@ def failed(span: Span, exc: BaseException, kind: str | None = None) -> None:
 
 def inject_headers(headers: Headers, context: Context) -> None:
     """Write a trace context into the headers of a request to a backend, in place of any that it carries."""
-    is_valid = trace.get_current_span(context).get_span_context().is_valid
+    span = trace.get_current_span(context).get_span_context()
+    is_valid = span.is_valid
+    if is_valid and not span.trace_state and _is_w3c() and not _carries(headers) and not baggage.get_all(context):
+        # What the propagator would write, for a tenth of the price.
+        headers.append((b"traceparent", b"00-%032x-%016x-%02x" % (span.trace_id, span.span_id, span.trace_flags)))
+        return
     if is_valid and any(name == b"tracestate" for name, _ in headers):
         # A trace that begins here has no state: the client's must not stay beside it.
         headers[:] = [pair for pair in headers if pair[0] != b"tracestate"]
     inject(headers, context, setter=_SETTER)
 
 
-def _is_traced() -> bool:
-    """Whether the application has set a tracer provider."""
-    return not isinstance(trace.get_tracer_provider(), ProxyTracerProvider)
+def _extract(headers: Headers) -> Context:
+    if _is_w3c() and not _carries(headers):
+        return _NOTHING
+    return extract(headers, context=_NOTHING, getter=_GETTER)
+
+
+_W3C = frozenset({b"traceparent", b"tracestate", b"baggage"})
+
+
+def _carries(headers: Headers) -> bool:
+    """Whether there is anything of a W3C trace context."""
+    return not _W3C.isdisjoint(dict(headers))
+
+
+@lru_cache(maxsize=4)
+def _only_w3c(propagator: TextMapPropagator) -> bool:
+    parts = getattr(propagator, "_propagators", (propagator,))  # of a composite; without them, no short cut
+    return all(type(part) in (TraceContextTextMapPropagator, W3CBaggagePropagator) for part in parts)
+
+
+def _is_w3c() -> bool:
+    """Whether contexts are carried in W3C's headers only, as they are by default."""
+    return _only_w3c(get_global_textmap())

@@ -92,6 +92,7 @@ FULL: dict[str, Any] = {
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
     "loading_notice": "events",
+    "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
 YAML = """
 models:

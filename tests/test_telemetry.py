@@ -14,14 +14,28 @@ import anyio
 import anyio.lowlevel
 import httpx
 import pytest
+from opentelemetry import baggage
 from opentelemetry import context as otel_context
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.propagate import get_global_textmap, inject, set_global_textmap
+from opentelemetry.propagators.composite import CompositePropagator
+from opentelemetry.propagators.textmap import TextMapPropagator, default_getter, default_setter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    TraceState,
+    set_span_in_context,
+)
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from llmux_asgi import BackendError, FifoPolicy, LLMuxApp, LLMuxMiddleware, Phase
 from llmux_asgi.telemetry import Telemetry, inject_headers
@@ -329,6 +343,52 @@ def test_only_a_client_that_leaves_before_its_answer_is_complete_is_said_to_have
             assert left.wait(5)  # either way the server is told at once
     said = [(span.attributes or {}).get("llmux.client_disconnected") for span in recorded.named("llmux.request")]
     assert said == [None, None, True]
+
+
+@pytest.mark.parametrize("sent", [[], [(b"traceparent", b"old")], [(b"baggage", b"a=b")]])
+@pytest.mark.parametrize("state", [TraceState(), TraceState([("a", "b")])])
+@pytest.mark.parametrize("bags", [{}, {"k": "v"}])
+def test_what_is_injected_is_what_the_propagator_writes(
+    sent: list[tuple[bytes, bytes]], state: TraceState, bags: dict[str, str]
+) -> None:
+    span = NonRecordingSpan(SpanContext(int(TRACE, 16), int(PARENT, 16), False, TraceFlags(1), state))
+    context = set_span_in_context(span, Context())
+    for key, value in bags.items():
+        context = baggage.set_baggage(key, value, context)
+    written: dict[str, str] = {}
+    inject(written, context)
+    expected = {name.decode(): value.decode() for name, value in sent} | written
+    headers = [(b"x", b"y"), *sent]
+    inject_headers(headers, context)
+    assert {name.decode(): value.decode() for name, value in headers} == {"x": "y", **expected}
+
+
+def test_another_propagator_is_asked_for_its_own_headers() -> None:
+    class Own(TextMapPropagator):
+        def extract(self, carrier: Any, context: Context | None = None, getter: Any = default_getter) -> Context:
+            assert getter.get(carrier, "own") == ["x"]
+            span = NonRecordingSpan(SpanContext(int(TRACE, 16), int(PARENT, 16), True, TraceFlags(1)))
+            return set_span_in_context(span, context)
+
+        def inject(self, carrier: Any, context: Context | None = None, setter: Any = default_setter) -> None:
+            setter.set(carrier, "own", "z")
+
+        @property
+        def fields(self) -> set[str]:
+            return {"own"}
+
+    recorded, before = Recorded(), get_global_textmap()
+    set_global_textmap(CompositePropagator([TraceContextTextMapPropagator(), Own()]))
+    try:
+        headers = [(b"own", b"x")]
+        with recorded.telemetry.request(headers, {}):
+            inject_headers(headers, otel_context.get_current())
+    finally:
+        set_global_textmap(before)
+    (span,) = recorded.spans
+    assert span.parent is not None
+    assert span.parent.trace_id == int(TRACE, 16)
+    assert (b"own", b"z") in headers
 
 
 def test_traceparent_reaches_the_backend_as_a_child_of_the_request() -> None:

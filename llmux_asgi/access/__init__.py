@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ._control import SCOPE_GRANT, AccessControl, Grant, Identify
-from ._identity import Identity
+from ._credentials import find_credential
+from ._identity import ANY_MODEL, Identity
 from ._keys import hash_key, new_key
 
-__all__ = ["SCOPE_GRANT", "AccessControl", "Grant", "Identify", "Identity", "hash_key", "new_key"]
+__all__ = [
+    "ANY_MODEL",
+    "SCOPE_GRANT",
+    "AccessControl",
+    "Grant",
+    "Identify",
+    "Identity",
+    "find_credential",
+    "hash_key",
+    "new_key",
+]

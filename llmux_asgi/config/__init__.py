@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from ._access import AccessConfig, KeyConfig, SecretConfig, is_hash, is_token, read_secret
 from ._load import ConfigSource, json_schema, load_config, load_keys
+from ._metrics import MetricsConfig
 from ._models import (
     POLICY_PARAMETERS,
     Config,
@@ -49,6 +50,7 @@ __all__ = [
     "LimitsConfig",
     "LoadingNotice",
     "MemoryConfig",
+    "MetricsConfig",
     "ModelConfig",
     "ModelParametersConfig",
     "ParametersConfig",

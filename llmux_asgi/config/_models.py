@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from ._access import AccessConfig, KeyConfig, SecretConfig
+from ._metrics import MetricsConfig
 from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
 from ._values import PositiveInt, PositiveSeconds, Seconds
@@ -326,6 +327,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "comments, which clients pass over; events: on chat and Anthropic's messages events that show how far things are."
         ),
     ] = "comments"
+    metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
     ] = None

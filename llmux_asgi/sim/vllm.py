@@ -18,7 +18,6 @@ from contextlib import suppress
 from urllib.parse import parse_qs
 
 import msgspec
-import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from .asgi import HttpError, read_body, send_error, send_json
@@ -36,6 +35,11 @@ from .pooling import POOLING_PATHS, pool
 from .realtime import realtime
 from .responses import ResponseStore
 from .routes import Query
+
+try:
+    import uvicorn
+except ImportError as error:
+    raise ImportError(f"the simulated vLLM needs the extra server: pip install 'llmux-asgi[server]' ({error})") from error
 
 try:
     import uvloop

@@ -50,13 +50,16 @@ def run(
 
 
 def _print(comparison: Comparison, size: int) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("policy", no_wrap=True)
+    # In a pipe nothing must be cut off either.
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    narrow = console.width < 110
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if narrow else (0, 1))
+    table.add_column("policy", overflow="fold", min_width=13)  # it may go over two lines, so that no figure is cut off
     figures = [run.figures for run in comparison.runs]
     refuses, freezes = any(f.refused for f in figures), any(f.freezes for f in figures)
     extra = [*(["refused"] if refuses else []), *(["freezes", "mean frozen", "longest frozen"] if freezes else [])]
     for name in ("mean wait", "p50", "p99", "longest", "switches", "serving", "lost", "cut", *extra, "÷ bound"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name.replace(" ", "\n") if narrow else name, justify="right", no_wrap=True)
     for run in comparison.runs:
         f = run.figures
         style = "bold" if run.configured else None
@@ -74,8 +77,6 @@ def _print(comparison: Comparison, size: int) -> None:
         )
         for each in f.classes:
             table.add_row(f"    {each.priority or '(no class)'}", *_waits(each), style=style)
-    # In a pipe nothing must be cut off either.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     models = ", ".join(f"{name} {each.sleep:g} + {each.wake:g} s" for name, each in comparison.costs.items())
     console.print(f"{comparison.load}: {size:,} requests. Sleep + wake: {models}.")
     console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from .._openai import Headers
 from ..exceptions import InvalidRequestError
@@ -11,6 +12,7 @@ __all__ = ["request_head"]
 
 _is_token = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 _is_target = re.compile(rb"[\x21-\x7e\x80-\xff]+").fullmatch
+_NOT_ALLOWED = "The request's method, path, query or headers contain what HTTP does not allow."
 _WITHOUT_BODY = frozenset({b"GET", b"HEAD", b"DELETE", b"OPTIONS"})
 
 
@@ -21,20 +23,26 @@ def request_head(method: bytes, authority: bytes, target: bytes, headers: Header
     the target.
     """
     fields = b"\r\n".join(map(b": ".join, headers))
+    line = (_kept_line if len(target) < _SHORT else _request_line)(method, authority, target)
     count = len(headers) + 3
     if length or method not in _WITHOUT_BODY:
-        head = b"%b %b HTTP/1.1\r\nhost: %b\r\ncontent-length: %d\r\n%b\r\n\r\n" % (method, target, authority, length, fields)
+        head = b"%bcontent-length: %d\r\n%b\r\n\r\n" % (line, length, fields)
         count += 1
     else:
-        head = b"%b %b HTTP/1.1\r\nhost: %b\r\n%b\r\n\r\n" % (method, target, authority, fields)
+        head = b"%b%b\r\n\r\n" % (line, fields)
     if not fields:
         head = head[:-2]
-    if (
-        head.count(b"\n") != count
-        or head.count(b"\r") != count
-        or b"\0" in head
-        or _is_target(target) is None
-        or _is_token(method) is None
-    ):
-        raise InvalidRequestError("The request's method, path, query or headers contain what HTTP does not allow.")
+    if head.count(b"\n") != count or head.count(b"\r") != count or b"\0" in head:
+        raise InvalidRequestError(_NOT_ALLOWED)
     return head
+
+
+def _request_line(method: bytes, authority: bytes, target: bytes) -> bytes:
+    if _is_target(target) is None or _is_token(method) is None:
+        raise InvalidRequestError(_NOT_ALLOWED)
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, authority)
+
+
+_SHORT = 256
+_kept_line = lru_cache(maxsize=128)(_request_line)
+"""Most requests have one of a few targets."""

@@ -22,9 +22,12 @@ from llmux_asgi import (
     exceptions,
     json_schema,
     load_config,
-    telemetry,
+)
+from llmux_asgi import (
+    _names as names_of_telemetry,
 )
 from llmux_asgi._errors import describe
+from llmux_asgi._instruments import METRICS
 from llmux_asgi._routes import ROUTES, find_route
 from llmux_asgi.backends import build_backend
 from llmux_asgi.sim import SimProcess
@@ -125,6 +128,7 @@ def configuration_keys() -> dict[str, str]:
         "LimitsConfig": "limits.",
         "HooksConfig": "models.NAME.hooks.",
         "MemoryConfig": "memory.",
+        "MetricsConfig": "metrics.",
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
         "SecretConfig": "models.NAME.api_key.",
@@ -224,14 +228,21 @@ def test_every_error_is_in_the_table_of_what_the_client_sees() -> None:
 
 
 def test_every_span_attribute_and_metric_is_documented() -> None:
-    text = (ROOT / "docs" / "tracing.md").read_text()
+    text = "".join((ROOT / "docs" / page).read_text() for page in ("tracing.md", "metrics.md"))
     names = [
         value
-        for name, value in vars(telemetry).items()
+        for name, value in vars(names_of_telemetry).items()
         if name.isupper() and name[0] != "_" and isinstance(value, str) and name != "SCOPE"
     ]
     assert len(names) > 20
     assert [name for name in names if name not in text] == []
+
+
+def test_the_table_of_the_instruments_is_the_list_of_the_code() -> None:
+    documented = [row for row in rows(ROOT / "docs" / "metrics.md") if row[0].startswith("`")]
+    assert [(row[0].strip("`"), *row[1:3], tuple(re.findall(r"`([^`]+)`", row[3])), row[5]) for row in documented] == [
+        (each.name, each.kind, each.unit, each.attributes, each.description) for each in METRICS
+    ]
 
 
 def api_routes(columns: int) -> list[list[str]]:

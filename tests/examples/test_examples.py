@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -58,6 +59,18 @@ def test_the_middleware_switches_around_a_gateway_that_forwards_by_itself(tmp_pa
             ask(gateway, "gpt-5")
         assert httpx.get(f"{url}/health", trust_env=False, timeout=LIMIT).text == "ok"
     assert example.switcher.statistics().switches >= 3
+
+
+def test_each_span_is_printed_on_a_line(
+    tmp_path: Path, sims: list[SimProcess], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = load_example("printed_traces", tmp_path, sims)
+    with serving(example.app) as url:
+        check_both_models(f"{url}/llm")
+    printed = capsys.readouterr().out
+    assert re.search(r"^llmux\.switch +\d+\.\d\d s  from=\w+ to=llama waiting=1 outcome=completed$", printed, re.MULTILINE)
+    assert {line.split()[0] for line in printed.splitlines()} >= {"llmux.request", "drain", "sleep", "wake", "ready"}
 
 
 def test_keys_are_taken_from_everywhere_that_the_example_names(

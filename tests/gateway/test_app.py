@@ -168,7 +168,7 @@ def test_the_app_serves_by_itself_with_its_own_lifespan(loop: EventLoop) -> None
         llm = LLMuxApp({"models": {"a": {"url": served.app.config.models["a"].url}}})
         with serve(llm, loop) as url, httpx.Client(base_url=url) as client:
             assert client.post("/v1/completions", json={"model": "a"}).status_code == 200
-        assert isinstance(upstream := llm._proxy._upstream, Http1Upstream)
+        assert isinstance(upstream := llm._proxy.upstream, Http1Upstream)
         assert upstream.idle == 0, "the lifespan must have closed them"
 
 

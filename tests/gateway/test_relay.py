@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 import anyio
 import anyio.to_thread
 import httpx
+import pytest
 
-from llmux_asgi import LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
+from llmux_asgi import LLMuxApp, LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
 from llmux_asgi._openai import Headers
 from llmux_asgi._proxy import Proxy
 from llmux_asgi.upstream import Content, Origin
@@ -248,6 +249,30 @@ def test_the_servers_generation_is_cancelled_when_the_client_leaves_before_the_a
     assert arrived.wait(5)
     connection.close()
     assert noticed.wait(5)
+
+
+def test_a_client_that_leaves_is_noticed_on_a_second_event_loop_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test client runs an app on one after the other; the first has ended before its timer was due."""
+    server, generating, noticed = ScriptedServer(), threading.Event(), threading.Event()
+
+    async def script(exchange: Exchange) -> None:
+        generating.set()
+        await exchange.client_left()
+        noticed.set()
+
+    with serve(server) as url:
+        llm = LLMuxApp({"models": {"a": {"url": url}}})
+        server.script = echo
+        with monkeypatch.context() as patch, serve(llm) as first:
+            patch.setattr("llmux_asgi._proxy._WATCH_AFTER", 600.0)
+            assert httpx.post(f"{first}/v1/chat/completions", json={"model": "a"}).status_code == 200
+        server.script = script
+        with serve(llm) as second:
+            connection = http.client.HTTPConnection(urlsplit(second).netloc)
+            connection.request("POST", "/v1/chat/completions", json.dumps({"model": "a"}))
+            assert generating.wait(5)
+            connection.close()
+            assert noticed.wait(5)
 
 
 def test_a_client_that_leaves_the_queue_lets_the_active_model_go_on(served: Gateway) -> None:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llmux_asgi import LLMuxApp, PressurePolicy, load_config
-from llmux_asgi import telemetry as names
+from llmux_asgi import _names as names
 from llmux_asgi.policy import build_policy
 from tests.support.host import build, serve_on_asyncio
 
@@ -46,8 +46,8 @@ class Recorder(SpanProcessor):
     def on_end(self, span: ReadableSpan) -> None:
         attributes = span.attributes or {}
         if span.name == names.SPAN_REQUEST:
-            wait = attributes.get(names.QUEUE_TIME)
-            if isinstance(wait, float):
+            wait = attributes.get(names.QUEUE_TIME, 0.0)
+            if isinstance(wait, float) and attributes.get(names.HTTP_RESPONSE_STATUS_CODE) == 200:
                 self.waits[str(attributes[names.MODEL])].append(wait)
         elif span.name != names.SPAN_SWITCH:
             self.phases[span.name] += ((span.end_time or 0) - (span.start_time or 0)) / 1e9
