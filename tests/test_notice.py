@@ -11,12 +11,14 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from opentelemetry.trace import SpanKind
 from starlette.types import Message, Receive, Scope, Send
 
 from llmux_asgi import BackendError, LLMuxMiddleware, UpstreamError
 from tests.support.fakes import Gate
 from tests.support.pool import LIMIT, Pool
 from tests.test_middleware import Connection, call
+from tests.test_telemetry import Recorded
 
 pytestmark = pytest.mark.anyio
 
@@ -351,3 +353,16 @@ async def test_a_server_that_cannot_send_any_more_is_no_failure(caplog: pytest.L
 
     await scene.run(act)
     assert "a notice could not be sent: OSError('the client is gone')" in caplog.messages
+
+
+async def test_spans_and_metrics_have_the_answers_first_byte_and_the_status_that_it_would_have_had() -> None:
+    for inner, status in ((Inner(), 200), (Inner(429, JSON, b'{"error": {"message": "no"}}'), 429)):
+        recorded = Recorded()
+        scene = Scene(inner, pool={"telemetry": recorded.telemetry})
+        await scene.run(scene.noticed_and_woken)
+        scene.assert_one_answer()
+        (span,) = [span for span in recorded.spans if span.kind is SpanKind.SERVER]
+        assert span.attributes is not None
+        assert span.attributes["http.response.status_code"] == status
+        (first,) = recorded.metric("llmux.request.time_to_first_byte")
+        assert (first.count, first.attributes["llmux.streamed"]) == (1, status == 200)

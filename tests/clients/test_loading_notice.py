@@ -43,13 +43,13 @@ class Wire:
         await self.app(scope, receive, counting)
 
 
-@pytest.fixture(params=["comments", "events"], scope="module")
-def served(request: pytest.FixtureRequest) -> Iterator[Wire]:
+@pytest.fixture(scope="module")
+def served() -> Iterator[Wire]:
     options = [SimOptions(name=name, start_asleep=1, tokens_per_second=2000, wake_seconds=_WAKE) for name in MODELS]
     with ExitStack() as stack:
         models = {server.name: {"url": server.url} for server in stack.enter_context(start_sims(*options))}
         policy = {"name": "fifo", "min_active_duration": 0, "request_timeout": 20}
-        notice = {"loading_notice": request.param, "limits": {"heartbeat": _WAKE / 8}}
+        notice = {"loading_notice": "events", "limits": {"heartbeat": _WAKE / 8}}
         llm = LLMuxApp({"models": models, "policy": policy, **notice})
         wire = Wire(Starlette(routes=[Mount("/llm", llm)], lifespan=llm.lifespan))
         wire.url = stack.enter_context(serve(wire)) + "/llm"
