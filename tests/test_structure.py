@@ -23,7 +23,7 @@ MODULES = sorted(
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
     ["exceptions", "config._values", "config._access", "config._metrics", "config._parameters", "config._models", "_estimates"],
-    ["config._load"],
+    ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
@@ -86,18 +86,36 @@ LAYERS = [
         "backends",
     ],
     ["_orders", "_journal", "_record", "_lease", "_decision", "_servers", "_steps", "_room", "_reconcile", "_driver"],
-    ["_operations", "_proxy", "switcher"],
+    ["_operations", "_turnover", "_reload", "_proxy", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
     ["exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
+    [
+        "admin._gateway",
+        "admin._status",
+        "admin._events",
+        "admin._static",
+        "admin._openapi",
+        "admin._api",
+        "admin._app",
+        "admin",
+    ],
     ["app"],
     [""],
     ["sim", "simulate", "importing", "serving"],
     ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_metrics", "config/_models", "config/_load"]
+CONFIG = [
+    "config/__init__",
+    "config/_values",
+    "config/_access",
+    "config/_metrics",
+    "config/_models",
+    "config/_load",
+    "config/_changes",
+]
 ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
 PURE = [
     "exceptions",

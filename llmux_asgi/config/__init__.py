@@ -18,7 +18,18 @@ All durations are in seconds, all sizes in bytes. Unknown keys are errors.
 
 from __future__ import annotations
 
-from ._access import AccessConfig, KeyConfig, SecretConfig, is_hash, is_token, read_secret
+from ._access import (
+    AccessConfig,
+    AdminConfig,
+    AdminKeyConfig,
+    KeyConfig,
+    KeySource,
+    SecretConfig,
+    is_hash,
+    is_token,
+    read_secret,
+)
+from ._changes import SERVER_KEYS, ReloadReport, changes, server_part, server_place
 from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._metrics import MetricsConfig
 from ._models import (
@@ -40,13 +51,17 @@ from ._parameters import ModelParametersConfig, ParametersConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "SERVER_KEYS",
     "AccessConfig",
+    "AdminConfig",
+    "AdminKeyConfig",
     "Config",
     "ConfigSource",
     "CostsConfig",
     "DrainMode",
     "HooksConfig",
     "KeyConfig",
+    "KeySource",
     "LimitsConfig",
     "LoadingNotice",
     "MemoryConfig",
@@ -56,13 +71,17 @@ __all__ = [
     "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
+    "ReloadReport",
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "changes",
     "is_hash",
     "is_token",
     "json_schema",
     "load_config",
     "load_keys",
     "read_secret",
+    "server_part",
+    "server_place",
 ]

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from ._access import AccessConfig, KeyConfig, SecretConfig
+from ._access import AccessConfig, AdminConfig, KeyConfig, SecretConfig
 from ._metrics import MetricsConfig
 from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
@@ -19,6 +19,7 @@ from ._values import ValueConfigError as _ValueConfigError
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "ROUTERS",
     "Config",
     "CostsConfig",
     "DrainMode",
@@ -56,7 +57,7 @@ POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
 }
 """The settings that only some policies have."""
 
-_ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
+ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
 """Kinds of servers of which one serves several models."""
 
 
@@ -327,6 +328,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             "comments, which clients pass over; events: on chat and Anthropic's messages events that show how far things are."
         ),
     ] = "comments"
+    admin: Annotated[AdminConfig | None, Meta(description="The admin API and its page; null: there are none.")] = None
     metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
@@ -339,6 +341,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.priority is not None and model.priority not in self.priorities:
                 known = f"one of {', '.join(self.priorities)}" if self.priorities else "none, for there are no priorities"
                 raise _ValueConfigError(f"models.{name}.priority", f"{model.priority!r} must be {known}")
+        if (
+            self.admin is not None
+            and self.metrics is not None
+            and (self.metrics.path + "/").startswith(self.admin.prefix + "/")
+        ):
+            raise _ValueConfigError("admin.prefix", f"{self.admin.prefix!r} would hide the metrics at {self.metrics.path}")
         for name, key in self.access.keys.items() if self.access is not None else ():
             self.check_key(f"access.keys.{name}", key)
         servers: dict[tuple[str, str], str] = {}
@@ -346,7 +354,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.url is None:
                 continue
             # The servers of some kinds have several models, each with a name of its own.
-            inside = (model.served_name or name) if model.server in _ROUTERS else ""
+            inside = (model.served_name or name) if model.server in ROUTERS else ""
             if (other := servers.setdefault((model.url.rstrip("/"), inside), name)) != name:
                 raise _ValueConfigError(f"models.{name}.url", f"{model.url!r} already is the server of the model {other!r}")
         if self.policy.sleep_level == 3:
