@@ -48,6 +48,7 @@ from ._models import (
     TimeoutsConfig,
 )
 from ._parameters import ModelParametersConfig, ParametersConfig
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -75,6 +76,7 @@ __all__ = [
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "WarmUpConfig",
     "changes",
     "is_hash",
     "is_token",
