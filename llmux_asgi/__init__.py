@@ -38,8 +38,10 @@ if TYPE_CHECKING:
         ModelParametersConfig,
         ParametersConfig,
         PolicyConfig,
+        ReloadReport,
         SecretConfig,
         TimeoutsConfig,
+        WarmUpConfig,
         json_schema,
         load_config,
     )
@@ -151,6 +153,7 @@ __all__ = [
     "QueueFullError",
     "QueueTimeoutError",
     "RateLimitError",
+    "ReloadReport",
     "SGLangBackend",
     "SecretConfig",
     "Stay",
@@ -169,6 +172,7 @@ __all__ = [
     "UpstreamFault",
     "UpstreamResponse",
     "VLLMBackend",
+    "WarmUpConfig",
     "json_schema",
     "load_config",
 ]

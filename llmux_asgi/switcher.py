@@ -11,8 +11,9 @@ import math
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import anyio
 
@@ -21,21 +22,21 @@ from ._backoff import Backoff
 from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
-from ._forecast import next_turn_in
+from ._forecast import Progress, next_turn_in
+from ._idle import IdleSleep
+from ._inquiry import Inquiry
 from ._journal import Journal
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._operations import Operations
+from ._reload import Reloader, Settings, build_servers
 from ._room import WaitingRoom
 from ._servers import Servers
-from ._spawn import spawn
-from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
-from .backends import Backend, BackendState, build_backend, with_ports
-from .config import Config
+from ._state import SwitcherState, SwitcherStatistics, TicketStatus
+from ._turnover import Turnover
+from .backends import Backend, with_ports
+from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
-    BackendError,
-    BackendTimeoutError,
-    BackendUnreachableError,
     DrainingError,
     LLMuxError,
     QueueTimeoutError,
@@ -63,7 +64,8 @@ class ModelSwitcher:
 
     `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
     requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
-    how many by model. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
+    how many by model. `ttls` is after how many seconds without a request a model is put to
+    sleep, by model; it stays awake without one. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ModelSwitcher:
         estimates: str | os.PathLike[str] | None = None,
         priorities: Mapping[str, float] | None = None,
         default_priorities: Mapping[str, str] | None = None,
+        ttls: Mapping[str, float] | None = None,
         max_waiting: int | None = 1000,
         queue_limits: Mapping[str, int] | None = None,
         telemetry: Telemetry | None = None,
@@ -92,7 +95,8 @@ class ModelSwitcher:
         self.journal = journal or Journal()
         """What has happened."""
         self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None, self._note_server)
-        self._names = {**(aliases or {}), **{model: model for model in backends}}
+        self._models = tuple(backends)
+        self._names: Mapping[str, str] = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
@@ -131,6 +135,11 @@ class ModelSwitcher:
             lambda model: self._estimates.of(model, self._sleep_level(model)),
             clock,
         )
+        self._inquiry = Inquiry(self._room, self._servers, self._driver, self.journal)
+        self._idle = IdleSleep(ttls or {}, self._state, clock, self._driver.order)
+        self._room.settled = self._idle.watch
+        self.reloader = Reloader(self)
+        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self.reloader.has_settled)
         reference = weakref.ref(self)
         self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0
@@ -151,43 +160,33 @@ class ModelSwitcher:
 
         `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
         """
-        config = with_ports(config)
+        given, config = config, with_ports(config)
         if memory is None and config.memory.check == "nvml":
             memory = NvmlGauge(config.memory.device)
-        levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
+        keeps_policy = policy is not None
         if policy is None:
             policy = build_policy(config.policy)
-        return cls(
-            {
-                name: build_backend(
-                    name, model, sleep_level=levels.get(name, policy.sleep_level), freezes=config.policy.drain == "preempt"
-                )
-                for name, model in config.models.items()
-            },
+        servers = build_servers(config, policy)
+        settings = Settings.of(config)
+        switcher = cls(
+            {name: server.backend for name, server in servers.items()},
             policy,
-            aliases=config.aliases,
-            sleep_levels=levels,
-            request_timeouts={
-                name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
-            },
+            sleep_levels=settings.sleep_levels,
             memory=memory,
             memory_settle=config.memory.settle,
             costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
             estimates=config.policy.estimates,
-            priorities=config.priorities,
-            default_priorities={name: model.priority for name, model in config.models.items() if model.priority is not None},
-            max_waiting=config.limits.max_waiting,
-            queue_limits={name: model.max_waiting for name, model in config.models.items() if model.max_waiting is not None},
-            backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
+        switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
+        return switcher
 
     # Leases
 
     @property
     def models(self) -> tuple[str, ...]:
         """The names of the models, in the order of the configuration."""
-        return self._servers.models
+        return self._models
 
     def resolve(self, name: str) -> str | None:
         """Return the model that `name` (a model's name or an alias) stands for, `None` if there is none."""
@@ -252,6 +251,8 @@ class ModelSwitcher:
         waiter = Waiter(name, self._clock(), head_start)
         self._state.enqueue(waiter)
         self._driver.wake()
+        if self._state.is_shut(name):
+            self._turnover.wake()
         try:
             with anyio.move_on_after(timeout):
                 await waiter.event.wait()
@@ -263,7 +264,7 @@ class ModelSwitcher:
             return Lease(self, waiter.activation or self._room.activation, name, waited, waiter.switch, head_start)
         if waiter.error is not None:
             raise waiter.error()
-        reason, pause = self._state.describe(), self._next_turn_in(name)
+        reason, pause = self._turnover.describe(name) or self._state.describe(), self._next_turn_in(name)
         self._room.withdraw(waiter)
         raise QueueTimeoutError(name, waited, reason, retry_after=pause)
 
@@ -271,15 +272,24 @@ class ModelSwitcher:
         """The longest wait of a request for `model` in seconds, `None`: no limit."""
         return self._request_timeouts.get(model, self._policy.request_timeout)
 
+    def progress(self, model: str) -> Progress:
+        """Say what those who wait for `model` (its configured name) wait for, and for how long that is expected to take."""
+        phase = self._state.phase if model == self._state.target else None
+        return Progress("queued" if phase is None else phase.value, self._next_turn_in(model))
+
     @property
     def max_frozen(self) -> float:
         """The longest time in seconds that a request may be frozen; 0.0 if the policy does not preempt."""
-        policy = self._policy
+        return self.max_frozen_with(None)
+
+    def max_frozen_with(self, policy: SwitchPolicy | None) -> float:
+        """The same for another policy; `None`: the present one."""
+        policy = policy or self._policy
         return policy.max_frozen if isinstance(policy, DrainingPolicy) and policy.drain == "preempt" else 0.0
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        return self._operations.statistics()
+        return replace(self._operations.statistics(), unsettled=self._turnover.unsettled)
 
     # What an operator may do
 
@@ -341,55 +351,42 @@ class ModelSwitcher:
         self._operations.drain(draining=False)
         self._refusing = self._closers > 0
 
+    # Another configuration
+
+    async def reload(self, config: ConfigSource) -> ReloadReport:
+        """Go by another configuration from now on, without losing a request. Returns what has changed.
+
+        Raises `ConfigError` if it cannot be used, or not without a restart, and `BackendUnsupportedError` if it has `drain:
+        preempt` and a server that answers cannot freeze its requests: nothing has changed then. Servers that are replaced or
+        removed are put to sleep when their requests are over, after this has returned: see `statistics().unsettled`.
+        """
+        plan = self.reloader.plan(load_config(config))
+        await self.reloader.check(plan)
+        return self.reloader.adopt(plan)
+
     # What the servers say
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
-        self._state.distrust()
-        self._room.changed.set()
+        self._inquiry.distrust()
 
     async def reconcile(self) -> None:
         """Ask every server for its state and adopt it. The first request does this by itself.
 
         A caller that is cancelled leaves; the steps that this takes run to their end.
         """
-
-        async def run() -> None:
-            self.distrust()
-            await self._driver.reconcile()
-
-        await self._in_its_own_task(run)
+        await self._inquiry.reconcile()
 
     async def require_freezing(self) -> None:
         """Raise `BackendUnsupportedError` if a server that answers cannot keep its requests while it sleeps."""
-        for model in self.models:
-            with suppress(BackendUnreachableError, BackendTimeoutError):
-                await self._servers.require_freezing(model)
+        await self._inquiry.require_freezing()
 
     async def check(self) -> None:
         """Ask the active model's server how it is. If it is not awake, ask all of them, and adopt what they say.
 
         One that takes too long to answer is taken to be busy.
         """
-
-        async def run() -> None:
-            model = self._state.active
-            if model is None or self._state.mode is not Mode.ACTIVE:
-                return
-            try:
-                if await self._servers.look(model) is BackendState.AWAKE:
-                    return
-                what = f"the server of the active model {model!r} is not awake any more"
-            except BackendTimeoutError:
-                return
-            except BackendError as exc:
-                what = f"the server of the active model {model!r} does not say that it is awake: {exc}"
-            logger.warning("%s", what)
-            self.journal.error(model, "BackendError", what)
-            self.distrust()
-            await self._driver.reconcile()
-
-        await self._in_its_own_task(run)
+        await self._inquiry.check()
 
     async def preload(self, models: Iterable[str]) -> None:
         """Make each of `models` active once, the last one for good. A failure is logged, as that of any switch."""
@@ -406,11 +403,12 @@ class ModelSwitcher:
         self._closers += 1
         self._refusing = self._servers.closing = True
         try:
-            self._room.refuse_all(CLOSING)
+            self._idle.stop()
+            self._room.close(CLOSING)
             self._driver.refuse_orders(CLOSING)
             try:
                 with anyio.move_on_after(drain):
-                    while any(self._state.in_flight(model) for model in self.models):
+                    while any(self._state.in_flight(model) for model in self._state.models):
                         await self._room.until_release()
                 if self._room.activation.leases:
                     self._room.activation.interrupted = True
@@ -422,8 +420,10 @@ class ModelSwitcher:
                 self._state.distrust()
             if self._driver.driving:
                 await self._driver.stopped.wait()
+            await self._turnover.stop()
             async with self._driver.exclusively():
                 self._state.distrust()
+                self._idle.stop()
                 await self._servers.aclose()
             if self._estimates_file is not None:
                 await self._estimates_file.wait(1.0)
@@ -433,22 +433,6 @@ class ModelSwitcher:
             self._refusing = self._servers.closing or self.draining
         if not self._closers:
             self._driver.forget_the_loop()
-
-    async def _in_its_own_task(self, function: Callable[[], Awaitable[None]]) -> None:
-        done = anyio.Event()
-
-        async def run() -> None:
-            try:
-                async with self._driver.exclusively():
-                    await function()
-            except Exception as exc:
-                logger.exception("reconciling met an unexpected error")
-                self._room.refuse_all(f"unexpected error: {exc!r}")
-            finally:
-                done.set()
-
-        spawn(run, "llmux_asgi inquiry")
-        await done.wait()
 
     def _save_estimates(self) -> None:
         if self._estimates_file is not None:

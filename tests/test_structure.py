@@ -22,8 +22,17 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config._values", "config._access", "config._metrics", "config._parameters", "config._models", "_estimates"],
-    ["config._load"],
+    [
+        "exceptions",
+        "config._values",
+        "config._access",
+        "config._metrics",
+        "config._warm_up",
+        "config._parameters",
+        "config._models",
+        "_estimates",
+    ],
+    ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
@@ -58,6 +67,7 @@ LAYERS = [
         "_waiting",
         "_websocket",
         "_spawn",
+        "_notice",
         "_estimates_file",
         "_request_log",
         "_process",
@@ -85,7 +95,8 @@ LAYERS = [
         "backends",
     ],
     ["_orders", "_journal", "_record", "_lease", "_decision", "_servers", "_steps", "_room", "_reconcile", "_driver"],
-    ["_operations", "_proxy", "switcher"],
+    ["_idle", "_inquiry", "_operations", "_proxy"],
+    ["_turnover", "_reload", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
@@ -106,7 +117,15 @@ LAYERS = [
     ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_metrics", "config/_models", "config/_load"]
+CONFIG = [
+    "config/__init__",
+    "config/_values",
+    "config/_access",
+    "config/_metrics",
+    "config/_models",
+    "config/_load",
+    "config/_changes",
+]
 ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
 PURE = [
     "exceptions",

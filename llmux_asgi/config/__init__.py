@@ -29,6 +29,7 @@ from ._access import (
     is_token,
     read_secret,
 )
+from ._changes import SERVER_KEYS, ReloadReport, changes, server_part, server_place
 from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._metrics import MetricsConfig
 from ._models import (
@@ -38,6 +39,7 @@ from ._models import (
     DrainMode,
     HooksConfig,
     LimitsConfig,
+    LoadingNotice,
     MemoryConfig,
     ModelConfig,
     PolicyConfig,
@@ -46,9 +48,11 @@ from ._models import (
     TimeoutsConfig,
 )
 from ._parameters import ModelParametersConfig, ParametersConfig
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "SERVER_KEYS",
     "AccessConfig",
     "AdminConfig",
     "AdminKeyConfig",
@@ -60,6 +64,7 @@ __all__ = [
     "KeyConfig",
     "KeySource",
     "LimitsConfig",
+    "LoadingNotice",
     "MemoryConfig",
     "MetricsConfig",
     "ModelConfig",
@@ -67,13 +72,18 @@ __all__ = [
     "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
+    "ReloadReport",
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "WarmUpConfig",
+    "changes",
     "is_hash",
     "is_token",
     "json_schema",
     "load_config",
     "load_keys",
     "read_secret",
+    "server_part",
+    "server_place",
 ]

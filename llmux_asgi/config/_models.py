@@ -16,14 +16,17 @@ from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
 from ._values import PositiveInt, PositiveSeconds, Seconds
 from ._values import ValueConfigError as _ValueConfigError
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "ROUTERS",
     "Config",
     "CostsConfig",
     "DrainMode",
     "HooksConfig",
     "LimitsConfig",
+    "LoadingNotice",
     "MemoryCheckKind",
     "MemoryConfig",
     "ModelConfig",
@@ -44,6 +47,7 @@ Task: TypeAlias = Literal["generate", "embed", "pooling", "classify", "score", "
 PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 
+LoadingNotice: TypeAlias = Literal["none", "comments", "events"]
 DrainMode: TypeAlias = Literal["wait", "preempt", "abort"]
 
 POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
@@ -54,7 +58,7 @@ POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
 }
 """The settings that only some policies have."""
 
-_ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
+ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
 """Kinds of servers of which one serves several models."""
 
 
@@ -124,6 +128,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         SleepLevel | None,
         Meta(description="1: weights kept in CPU memory, 2: discarded and reloaded, 3: process stopped; null: the policy's."),
     ] = None
+    ttl: Annotated[
+        PositiveSeconds | None, Meta(description="Time without a request after which it is put to sleep; null: never.")
+    ] = None
     retry: Annotated[
         bool, Meta(description="Send a request once more if its server broke down before it had begun to answer.")
     ] = False
@@ -131,6 +138,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ProbeKind,
         Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
     ] = "none"
+    warm_up: Annotated[
+        WarmUpConfig | None, Meta(description="A request that it gets after each wake, before any other; null: none.")
+    ] = None
     api_key: Annotated[
         SecretConfig | None,
         Meta(description="The server's API key, sent in place of the client's credentials; null: it gets those."),
@@ -267,7 +277,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="Pause between two looks at the active server while the lifespan runs; null: none."),
     ] = 5.0
     heartbeat: Annotated[
-        PositiveSeconds, Meta(description="Pause between two comments in the stream of a request that is frozen.")
+        PositiveSeconds, Meta(description="Pause between two signs of life in the stream of a request that waits or is frozen.")
     ] = 10.0
     max_waiting: Annotated[
         PositiveInt | None,
@@ -318,6 +328,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
     access: Annotated[AccessConfig | None, Meta(description="Who may use the gateway; null: everybody who reaches it.")] = None
+    loading_notice: Annotated[
+        LoadingNotice,
+        Meta(
+            description="What a request for a stream gets every limits.heartbeat while it waits. none: nothing; comments: SSE "
+            "comments, which clients pass over; events: on chat and Anthropic's messages events that show how far things are."
+        ),
+    ] = "comments"
     admin: Annotated[AdminConfig | None, Meta(description="The admin API and its page; null: there are none.")] = None
     metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[
@@ -344,7 +361,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.url is None:
                 continue
             # The servers of some kinds have several models, each with a name of its own.
-            inside = (model.served_name or name) if model.server in _ROUTERS else ""
+            inside = (model.served_name or name) if model.server in ROUTERS else ""
             if (other := servers.setdefault((model.url.rstrip("/"), inside), name)) != name:
                 raise _ValueConfigError(f"models.{name}.url", f"{model.url!r} already is the server of the model {other!r}")
         if self.policy.sleep_level == 3:

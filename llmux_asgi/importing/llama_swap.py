@@ -31,6 +31,9 @@ def convert_llama_swap(raw: Mapping[str, Any], environment: Mapping[str, str]) -
     for name, model in models.items():
         draft.config["models"][name] = _Model(name, model, raw, environment, ports, draft).convert()
     _preload(raw, draft)
+    if raw.get("sendLoadingState") or any(model.get("sendLoadingState") for model in models.values()):
+        draft.config["loading_notice"] = "events"
+        draft.config["limits"] = {"heartbeat": 1}
     _priorities(raw, draft)
     _keys(raw, environment, draft)
     draft.config["policy"] = {"name": "gated_quantum", "request_timeout": None}
@@ -101,6 +104,7 @@ class _Model:
             **kind,
             **self._names(served),
             **self._parameters(),
+            **self._ttl(),
             **({"sleep_level": level} if level else {}),
             **self._timeouts(loads="start", wakes_by_loading=command.kind == "llama.cpp", container=command.container),
         }
@@ -122,6 +126,7 @@ class _Model:
             "hooks": hooks,
             **self._names(self._text("useModelName")),
             **self._parameters(),
+            **self._ttl(),
             **self._timeouts(loads="wake", wakes_by_loading=True),
         }
 
@@ -222,6 +227,11 @@ class _Model:
             case dict():
                 return {str(name): self._values(each, where) for name, each in value.items()}
         return value
+
+    def _ttl(self) -> dict[str, Any]:
+        own = number_at(self.model, "ttl", self.where)
+        ttl = number_at(self.raw, "globalTTL") if own is None or own < 0 else own
+        return {"ttl": ttl} if ttl and ttl > 0 else {}
 
     def _env(self) -> dict[str, str]:
         env: dict[str, str] = {}
