@@ -205,6 +205,7 @@ def configuration_keys() -> dict[str, str]:
         "PolicyConfig": "policy.",
         "LimitsConfig": "limits.",
         "HooksConfig": "models.NAME.hooks.",
+        "WarmUpConfig": "models.NAME.warm_up.",
         "MemoryConfig": "memory.",
         "MetricsConfig": "metrics.",
         "AccessConfig": "access.",
