@@ -224,6 +224,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
                 "shutdown",
                 "settle",
                 "linger",
+                "ttl",
                 "max_wait",
                 "heartbeat",
                 "max_frozen",
