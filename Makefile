@@ -42,7 +42,7 @@ bench-preemption: $(VENV)/.test ## how long a long answer holds up another model
 bench-relay: $(VENV)/.test ## what the relay costs beside nginx, a Rust router and plain httpx; ARGS='--quick --candidates gateway,vllm-router'
 	@$(BIN)/python -m tests.benchmarks.relay $(ARGS)
 
-bench-observed: $(VENV)/.test ## what it costs to have the dashboard open and the metrics scraped
+bench-observed: $(VENV)/.ui ## what it costs to have the dashboard open and the metrics scraped
 	@$(BIN)/python -m tests.benchmarks.observed
 
 bench-scheduling: $(VENV)/.test ## every policy under every load, measured and simulated; writes docs/scheduling.md anew
