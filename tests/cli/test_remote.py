@@ -418,8 +418,10 @@ def when(shown: list[bytes], text: str, then: Callable[[], object]) -> threading
     """Do something as soon as a text is on the terminal."""
 
     def wait() -> None:
-        eventually(f"{text} is shown", lambda: text.encode() in b"".join(shown))
-        then()
+        try:
+            eventually(f"{text} is shown", lambda: text.encode() in b"".join(shown))
+        finally:
+            then()  # so that nothing waits for it for ever
 
     thread = threading.Thread(target=wait)
     thread.start()
