@@ -91,6 +91,13 @@ def test_what_a_page_includes_and_links_to_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_tests_that_the_pages_name_exist() -> None:
+    named = {test for page in PAGES for test in re.findall(r"`([\w/]+\.py)::(test_\w+)`", page.read_text())}
+    assert len(named) > 50
+    for path, name in named:
+        assert re.search(rf"^ *(async )?def {name}\(", (ROOT / "tests" / path).read_text(), re.MULTILINE), f"{path}::{name}"
+
+
 def test_each_kind_of_other_server_is_configured_as_the_page_says() -> None:
     """Nothing is asked of a server here: the contract tests do that."""
     kinds: list[type] = []
@@ -150,7 +157,7 @@ def shown_commands() -> list[tuple[str, str]]:
 def test_the_commands_of_the_pages_have_these_options() -> None:
     shown = shown_commands()
     assert {line.split()[1] for _, line in shown} >= {"check", "import", "init", "serve", "sim-vllm", "simulate", "validate"}
-    for page, line in shown:
+    for page, line in dict.fromkeys(shown):
         words = shlex.split(line.partition(" > ")[0], comments=True)
         # `--help` behind them is enough to have the options parsed, and nothing done.
         result = CliRunner().invoke(cli.app, [*words[1:], "--help"])
