@@ -137,7 +137,7 @@ class _Bench:
         self._client = ControlClient(
             model.address,
             model.timeouts,
-            hint="Only a model with /v1/completions can be validated.",
+            hint=f"Does it know the model as {self._served!r}, and have /v1/completions? Other models cannot be validated.",
             api_key=api_key_of(name, model),
         )
         self._gauge, self._settle = gauge, config.memory.settle
