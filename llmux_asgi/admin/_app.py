@@ -49,8 +49,6 @@ class AdminApp:
         self._streams = EventStreams(gateway)
         self._files = StaticFiles()
         self._router = Router(AdminApi(gateway, self._streams).routes(), redirect_slashes=False, default=_not_found)
-        limits = gateway.config.limits
-        self._intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
 
     def prepare(self, config: AdminConfig) -> Callable[[], None]:
         """Read the keys of another configuration. Raises `ConfigError`. What is returned changes over to them."""
@@ -102,13 +100,15 @@ class AdminApp:
             await _refuse(scope, watched, LLMuxError("The gateway met an unexpected error. It is in its log."))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._intake.check(scope["headers"], scope["query_string"])
+        limits = self._gateway.config.limits
+        intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
+        intake.check(scope["headers"], scope["query_string"])
         path = route_path(scope)[len(self._prefix) :]
         if path != "/api" and not path.startswith("/api/"):
             await self._serve_page(path, scope, receive, send)
             return
         operator = self._authenticate(scope)
-        await self._drop_body(scope, receive)
+        await _drop_body(scope, Upload(intake, receive))
         # Nothing that a host has put there: the handlers of errors of a Starlette around it would answer in their own way.
         inner: Scope = {name: scope[name] for name in _ASGI if name in scope}
         inner.update(path=path, root_path="", app=self, **{SCOPE_OPERATOR: operator})
@@ -130,15 +130,6 @@ class AdminApp:
         if self._gateway.is_client_key(key):
             raise AuthenticationError("The key is one of the clients' too, so it opens no admin API: give operators their own.")
         return identity.name
-
-    async def _drop_body(self, scope: Scope, receive: Receive) -> None:
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        upload = Upload(self._intake, receive)
-        try:
-            if await upload.read(_LARGEST_BODY, announced) is None:
-                raise InvalidRequestError("The client left before its request was complete.")
-        finally:
-            upload.close()
 
     async def _serve_page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         name = path.removeprefix("/static/") if path.startswith("/static/") else None
@@ -179,3 +170,12 @@ async def _refuse(scope: Scope, send: Any, exc: LLMuxError) -> None:
     headers = [*headers_before_the_body(answer, scope), *more]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _drop_body(scope: Scope, upload: Upload) -> None:
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    try:
+        if await upload.read(_LARGEST_BODY, announced) is None:
+            raise InvalidRequestError("The client left before its request was complete.")
+    finally:
+        upload.close()
