@@ -70,7 +70,8 @@ class AdminApp:
     def owns(self, scope: Scope) -> bool:
         """Say whether an ASGI connection is the admin API's."""
         path: str = scope["path"]
-        if self._prefix not in path or scope["type"] != "http":  # first what is quick: each request of a client is asked about
+        # First what is quick: each request of a client is asked about. Litestar may take the first slash away.
+        if self._prefix[1:] not in path or scope["type"] != "http":
             return False
         below = route_path(scope)
         return below.startswith(self._prefix) and below[len(self._prefix) : len(self._prefix) + 1] in ("", "/")
@@ -139,7 +140,7 @@ class AdminApp:
                 raise MethodNotAllowedError(scope["method"], path or "/", ("GET", "HEAD"))
             answer = self._files.answer(name or "", Request(scope))
         if answer is None:
-            raise UnknownRouteError(scope["method"], path)
+            raise UnknownRouteError(scope["method"], self._prefix + path, "here its page only, and below /api what needs a key")
         if name is None and not _asks_for_folder(scope):
             # Relative: whatever prefix a host mounts it at, or a proxy strips.
             answer.status_code, answer.body = 302, b""
@@ -158,7 +159,7 @@ def _asks_for_folder(scope: Scope) -> bool:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise UnknownRouteError(scope["method"], scope["path"])
+    raise UnknownRouteError(scope["method"], scope["path"], "here what GET /api/openapi.json describes")
 
 
 async def _refuse(scope: Scope, send: Any, exc: LLMuxError) -> None:
