@@ -48,7 +48,13 @@ FULL: dict[str, Any] = {
                 "aliases": {"best": {"forced": {"temperature": 0}}},
             },
         },
-        "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
+        "llama": {
+            "url": "https://gpu.example:8443/behind",
+            "probe": "token",
+            "warm_up": {"path": "/v1/embeddings", "body": {"input": "x"}},
+            "retry": True,
+            "server": "sglang",
+        },
         "own": {
             "command": ["vllm", "serve", "own", "--port", "{port}"],
             "env": {"CUDA_VISIBLE_DEVICES": "0"},
@@ -94,6 +100,7 @@ FULL: dict[str, Any] = {
     },
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
+    "loading_notice": "events",
     "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
     "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
@@ -272,6 +279,11 @@ def model(**values: Any) -> dict[str, Any]:
             {"models": {"a": {"url": URL}, "b": {"url": URL + "/"}}},
             f"$.models.b.url: '{URL}/' already is the server of the model 'a'",
         ),
+        (model(warm_up={"path": "v1/x"}), "$.models.qwen.warm_up.path: 'v1/x' must begin with a slash, such as /v1/embeddings"),
+        (
+            model(warm_up={"path": "/v1/embeddings"}),
+            "$.models.qwen.warm_up.body: is missing: only for /v1/completions the gateway knows what to send",
+        ),
         (model(sleep_level=4), "$.models.qwen.sleep_level: invalid enum value 4 (one of: 1, 2, 3)"),
         (
             model(sleep_level=3),
@@ -343,6 +355,14 @@ def model(**values: Any) -> dict[str, Any]:
         (
             {"models": {"qwen": {"command": ["a", "{port}"], "hooks": {"wake": ["a"], "sleep": ["a"], "alive": ["a"]}}}},
             "$.models.qwen.hooks: cannot be combined with command: let the hooks start and stop the server",
+        ),
+        (
+            {**MINIMAL, "loading_notice": True},
+            "$.loading_notice: expected `str`, got `bool` (write it in quotes)",
+        ),
+        (
+            {**MINIMAL, "loading_notice": "loud"},
+            "$.loading_notice: invalid enum value 'loud' (one of: none, comments, events)",
         ),
         (model(aliases="x"), "$.models.qwen.aliases: expected `array`, got `str` (write a list: [one, two])"),
         (model(timeouts={"wake": "5s"}), "$.models.qwen.timeouts.wake: expected `float`, got `str` (a number, in seconds)"),

@@ -39,6 +39,7 @@ from ._models import (
     DrainMode,
     HooksConfig,
     LimitsConfig,
+    LoadingNotice,
     MemoryConfig,
     ModelConfig,
     PolicyConfig,
@@ -47,6 +48,7 @@ from ._models import (
     TimeoutsConfig,
 )
 from ._parameters import ModelParametersConfig, ParametersConfig
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -62,6 +64,7 @@ __all__ = [
     "KeyConfig",
     "KeySource",
     "LimitsConfig",
+    "LoadingNotice",
     "MemoryConfig",
     "MetricsConfig",
     "ModelConfig",
@@ -73,6 +76,7 @@ __all__ = [
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "WarmUpConfig",
     "changes",
     "is_hash",
     "is_token",

@@ -16,6 +16,7 @@ from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
 from ._values import PositiveInt, PositiveSeconds, Seconds
 from ._values import ValueConfigError as _ValueConfigError
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -25,6 +26,7 @@ __all__ = [
     "DrainMode",
     "HooksConfig",
     "LimitsConfig",
+    "LoadingNotice",
     "MemoryCheckKind",
     "MemoryConfig",
     "ModelConfig",
@@ -45,6 +47,7 @@ Task: TypeAlias = Literal["generate", "embed", "pooling", "classify", "score", "
 PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 
+LoadingNotice: TypeAlias = Literal["none", "comments", "events"]
 DrainMode: TypeAlias = Literal["wait", "preempt", "abort"]
 
 POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
@@ -135,6 +138,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ProbeKind,
         Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
     ] = "none"
+    warm_up: Annotated[
+        WarmUpConfig | None, Meta(description="A request that it gets after each wake, before any other; null: none.")
+    ] = None
     api_key: Annotated[
         SecretConfig | None,
         Meta(description="The server's API key, sent in place of the client's credentials; null: it gets those."),
@@ -271,7 +277,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="Pause between two looks at the active server while the lifespan runs; null: none."),
     ] = 5.0
     heartbeat: Annotated[
-        PositiveSeconds, Meta(description="Pause between two comments in the stream of a request that is frozen.")
+        PositiveSeconds, Meta(description="Pause between two signs of life in the stream of a request that waits or is frozen.")
     ] = 10.0
     max_waiting: Annotated[
         PositiveInt | None,
@@ -322,6 +328,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
     access: Annotated[AccessConfig | None, Meta(description="Who may use the gateway; null: everybody who reaches it.")] = None
+    loading_notice: Annotated[
+        LoadingNotice,
+        Meta(
+            description="What a request for a stream gets every limits.heartbeat while it waits. none: nothing; comments: SSE "
+            "comments, which clients pass over; events: on chat and Anthropic's messages events that show how far things are."
+        ),
+    ] = "comments"
     admin: Annotated[AdminConfig | None, Meta(description="The admin API and its page; null: there are none.")] = None
     metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[
