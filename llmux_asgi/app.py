@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
+from ._notice import Notices
 from ._openai import Headers
 from ._parameters import Parameters
 from ._proxy import Proxy, Target
@@ -221,6 +222,7 @@ class LLMuxApp:
         intake.max_headers, intake.max_buffered = limits.max_headers, limits.max_buffered
         intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
         self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
+        self._inference.notices = Notices(config.loading_notice, limits.heartbeat)
         if config.request_log != self._request_log:
             self._request_log = config.request_log
             self._inference.request_log = RequestLog(config.request_log) if config.request_log is not None else None

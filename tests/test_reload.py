@@ -268,6 +268,27 @@ async def test_settings_take_effect_at_once_and_the_server_stays(monkeypatch: py
         assert server.levels == [2]
 
 
+async def test_an_old_server_is_put_to_sleep_at_the_level_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, awake="a", stoppable="b", qwen={"url": "http://a", "sleep_level": 2})
+    async with running(fleet) as requests:
+        runs = await requests.served("qwen")
+        await fleet.reload(qwen={"url": "http://b:80", "command": ["serve"], "sleep_level": 3})
+        runs.finish.set()
+        await until_settled(fleet)
+        assert fleet.built[0].levels == [2]
+        assert fleet.switcher._sleep_level("qwen") == 3
+
+
+async def test_time_limits_and_freezing_hold_from_a_servers_next_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, qwen="a", llama="b")
+    async with running(fleet):
+        qwen = {"url": "http://a", "timeouts": {"wake": 7}}
+        await fleet.reload({"policy": {"drain": "preempt"}}, qwen=qwen, llama="c")
+        await until_settled(fleet)
+        assert fleet.server("qwen").tuned == [(7.0, True)]
+        assert fleet.server("llama").tuned == []  # it was built so
+
+
 async def test_another_policy_decides_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
     never = {"policy": {"name": "gated_quantum", "linger": 1000, "quantum": 1000, "request_timeout": None}}
     fleet = Fleet(monkeypatch, settings=never, qwen={"url": "http://a", "costs": {"sleep": 9, "wake": 9}}, llama="b")

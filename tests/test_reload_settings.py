@@ -29,6 +29,13 @@ def test_each_key_of_a_model_belongs_to_its_server_or_is_a_setting_that_can_chan
     assert keys == {*SERVER_KEYS, *SETTINGS}
 
 
+def test_each_section_can_change_or_is_refused() -> None:
+    """A new section fails here: see that `LLMuxApp.reload` takes it over, or that `changes` refuses it."""
+    sections = {field.encode_name for field in msgspec.structs.fields(Config)}
+    taken_over = {"models", "priorities", "policy", "limits", "access", "admin", "loading_notice", "request_log"}
+    assert sections == {*taken_over, "memory", "metrics"}
+
+
 def test_the_same_server_may_be_written_in_several_ways() -> None:
     one = ModelConfig(url="http://a/", served_name="qwen", aliases=("gpt-4o",))
     assert server_part("qwen", one) == server_part("qwen", ModelConfig(url="http://a"))
@@ -51,6 +58,7 @@ def test_what_differs_is_told() -> None:
     [
         ({"memory": {"settle": 1}}, "memory"),
         ({"metrics": {}}, "metrics"),
+        ({"policy": {"estimates": "estimates.json"}}, "policy.estimates"),
         ({"admin": {"keys": {"ops": {"env": "KEY"}}}}, "admin.prefix"),
     ],
 )
