@@ -300,14 +300,16 @@ class LLMuxApp:
             if name in self.config.models and self.config.models[name].server in ("vllm", "sglang")
         }
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "websocket":
-            await self._serve_websocket(scope, receive, send)
-            return
-        path, method = route_path(scope), scope["method"]
-        if method == "POST" and (address := address_of(path)) is not None:
-            await self._inference.serve(scope, receive, send, address)
-            return
+            return self._serve_websocket(scope, receive, send)
+        path = route_path(scope)
+        if scope["method"] == "POST" and (address := address_of(path)) is not None:
+            return self._inference.serve(scope, receive, send, address)
+        return self._serve_other(scope, receive, send, path)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Serve what is not one of the plain routes of inference."""
         grant: Grant | None = scope.get(SCOPE_GRANT)
         resolve = self.switcher.resolve if grant is None else grant.resolve
         try:

@@ -27,14 +27,14 @@ from ._idle import IdleSleep
 from ._inquiry import Inquiry
 from ._journal import Journal
 from ._lease import Lease, Waiter
-from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
+from ._memory import MemoryCheck, MemoryGauge
 from ._operations import Operations
-from ._reload import Reloader, Settings, build_servers
+from ._reload import Reloader, build_switcher
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._state import SwitcherState, SwitcherStatistics, TicketStatus
 from ._turnover import Turnover
-from .backends import Backend, with_ports
+from .backends import Backend
 from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
     DrainingError,
@@ -43,7 +43,7 @@ from .exceptions import (
     SwitchError,
     UnknownModelError,
 )
-from .policy import GatedQuantumPolicy, SwitchPolicy, build_policy
+from .policy import GatedQuantumPolicy, SwitchPolicy
 from .policy._base import DrainingPolicy
 from .telemetry import Telemetry
 
@@ -160,26 +160,7 @@ class ModelSwitcher:
 
         `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
         """
-        given, config = config, with_ports(config)
-        if memory is None and config.memory.check == "nvml":
-            memory = NvmlGauge(config.memory.device)
-        keeps_policy = policy is not None
-        if policy is None:
-            policy = build_policy(config.policy)
-        servers = build_servers(config, policy)
-        settings = Settings.of(config)
-        switcher = cls(
-            {name: server.backend for name, server in servers.items()},
-            policy,
-            sleep_levels=settings.sleep_levels,
-            memory=memory,
-            memory_settle=config.memory.settle,
-            costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
-            estimates=config.policy.estimates,
-            telemetry=telemetry,
-        )
-        switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
-        return switcher
+        return build_switcher(cls, config, policy, memory, telemetry)
 
     # Leases
 
@@ -274,8 +255,12 @@ class ModelSwitcher:
 
     def progress(self, model: str) -> Progress:
         """Say what those who wait for `model` (its configured name) wait for, and for how long that is expected to take."""
-        phase = self._state.phase if model == self._state.target else None
-        return Progress("queued" if phase is None else phase.value, self._next_turn_in(model))
+        expected, switch = self._next_turn_in(model), self._driver.records.under_way
+        if switch is None or switch.to_model != model:
+            return Progress("queued", expected)
+        # What it is estimated to take begins with the phase.
+        past = self.journal.clock() - switch.phase_since if switch.phase.value in ("sleep", "wake", "ready") else 0.0
+        return Progress(switch.phase.value, max(0.0, expected - past))
 
     @property
     def max_frozen(self) -> float:
