@@ -17,9 +17,13 @@ from ._openai import Headers
 from ._routes import ErrorShape
 from .exceptions import (
     AuthenticationError,
+    BackendError,
+    BackendTimeoutError,
+    BackendUnsupportedError,
     BodyTimeoutError,
     BodyTooLargeError,
     BuffersFullError,
+    ConfigError,
     DrainingError,
     EncodedBodyError,
     HeadersTooLargeError,
@@ -44,7 +48,7 @@ _ADDRESS = re.compile(r"https?://(?:\[[^\]\s]*\]|[^\s/:'\"]*)(?::\d+)?(?:/[^\s:'
 
 _ANNOUNCE_A_BODY = (b"content-length", b"transfer-encoding")
 
-__all__ = ["ErrorAnswer", "describe", "error_event", "for_clients", "headers_before_the_body"]
+__all__ = ["ErrorAnswer", "describe", "describe_to_operators", "error_event", "for_clients", "headers_before_the_body"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,16 @@ class _Facts(NamedTuple):
 
 def describe(exc: LLMuxError, shape: ErrorShape = "openai") -> ErrorAnswer:
     """Put an error into the client's shape, with its status and headers."""
-    facts, message = _facts_of(exc), for_clients(str(exc))
+    return _answer(_facts_of(exc), exc, shape)
+
+
+def describe_to_operators(exc: LLMuxError) -> ErrorAnswer:
+    """The same for the admin API, which tells more kinds of errors from each other."""
+    return _answer(_facts_for_operators(exc), exc, "openai")
+
+
+def _answer(facts: _Facts, exc: LLMuxError, shape: ErrorShape) -> ErrorAnswer:
+    message = for_clients(str(exc))
     if shape == "anthropic":
         content: object = {"type": "error", "error": {"type": _anthropic_type(facts.status), "message": message}}
     else:
@@ -113,8 +126,22 @@ def for_clients(message: str) -> str:
     return _ADDRESS.sub("the server", first)
 
 
+def _facts_for_operators(exc: LLMuxError) -> _Facts:
+    match exc:
+        case BackendUnsupportedError():
+            return _Facts(409, "invalid_request_error", "not_supported")
+        case BackendTimeoutError():
+            return _Facts(504, "server_error", "backend_timeout")
+        case BackendError():
+            return _Facts(502, "server_error", "backend_error")
+        case ConfigError():
+            return _Facts(422, "invalid_request_error", "invalid_configuration")
+        case _:
+            return _facts_of(exc)
+
+
 def _facts_of(exc: LLMuxError) -> _Facts:
-    """Choose status, type and code: the one place where that is done."""
+    """Choose status, type and code: this is the one place where that is done."""
     match exc:
         case UnknownRouteError():
             return _Facts(404, "invalid_request_error", "unknown_url")

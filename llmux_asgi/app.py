@@ -31,6 +31,7 @@ from ._routes import (
 )
 from ._spawn import beside
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
+from .admin import AdminApp
 from .backends import with_ports
 from .config import Config, ConfigSource, load_config
 from .exceptions import (
@@ -121,6 +122,9 @@ class LLMuxApp:
             idle=self.config.limits.websocket_idle,
         )
         self._created = int(time.time())
+        self._policy_name = type(policy).__name__ if policy is not None else None
+        self._admin = AdminApp(self, self.config.admin) if self.config.admin is not None else None
+        self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
 
     def __deepcopy__(self, memo: object) -> Self:
         """Return this very object: Litestar's routers copy what they mount, and the servers have one owner."""
@@ -130,23 +134,29 @@ class LLMuxApp:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
             await _run_lifespan(self.lifespan, scope, receive, send)
-        elif self._metrics is not None and self._metrics.is_asked_for(scope):
-            if self._metrics.has_key or self._access is None:
-                await self._metrics(scope, receive, send)
-            else:
-                await self._access.serve(self._metrics, scope, receive, send)
-        elif self._access is None:
-            await self._serve(scope, receive, send)
+        elif self._guarded:
+            await self._guard(scope, receive, send)
         else:
-            await self._access.serve(self._serve, scope, receive, send)
+            await self._serve(scope, receive, send)
+
+    @property
+    def policy_name(self) -> str:
+        """What the policy is called: by the configuration, or the name of the class of one's own."""
+        return self._policy_name or self.config.policy.name
+
+    def is_client_key(self, key: str) -> bool:
+        """Whether `key` is one of the clients' API keys."""
+        return self._access is not None and self._access.knows(key)
 
     def reload_keys(self) -> None:
-        """Read the clients' API keys anew from environment and files. Raises `ConfigError`, and goes on with those it had.
+        """Read all API keys anew from environment and files. Raises `ConfigError`, and goes on with those it had.
 
         Files that change are read anew by themselves, within about a second.
         """
         if self._access is not None:
             self._access.reload()
+        if self._admin is not None:
+            self._admin.reload_keys()
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -170,6 +180,8 @@ class LLMuxApp:
         try:
             await self.switcher.aclose(drain=self.config.limits.shutdown)
         finally:
+            if self._admin is not None:
+                self._admin.end_streams()
             await self._proxy.aclose()
 
     async def _watch(self) -> None:
@@ -180,6 +192,20 @@ class LLMuxApp:
     async def _preload(self) -> None:
         # The first of the configuration comes last, and stays.
         await self.switcher.preload([name for name, model in reversed(self.config.models.items()) if model.preload])
+
+    async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve what has to show a key, or is not for the clients."""
+        if self._admin is not None and self._admin.owns(scope):
+            await self._admin(scope, receive, send)
+        elif self._metrics is not None and self._metrics.is_asked_for(scope):
+            if self._metrics.has_key or self._access is None:
+                await self._metrics(scope, receive, send)
+            else:
+                await self._access.serve(self._metrics, scope, receive, send)
+        elif self._access is not None:
+            await self._access.serve(self._serve, scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
 
     def _scraped(self) -> dict[str, Target]:
         """The servers that tell metrics of their own. A router is not asked: it would load a model for it."""

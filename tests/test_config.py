@@ -24,6 +24,8 @@ from llmux_asgi import (
     json_schema,
     load_config,
 )
+from llmux_asgi._routes import ROUTES
+from llmux_asgi.config._access import CLIENT_PATHS
 
 URL = "http://127.0.0.1:8001"
 MINIMAL = {"models": {"qwen": {"url": URL}}}
@@ -91,6 +93,7 @@ FULL: dict[str, Any] = {
     },
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
+    "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
     "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
 YAML = """
@@ -133,6 +136,61 @@ def test_everything_can_be_set() -> None:
     assert (config.models["qwen"].max_waiting, config.limits.max_waiting) == (7, None)
     switcher = ModelSwitcher.from_config(load_config({**FULL, "policy": {}, "memory": {}}))
     assert [switcher.priority(name) for name in ("best", "llama")] == ["batch", None]
+
+
+def test_the_admin_api_can_be_set() -> None:
+    admin = load_config(FULL).admin
+    assert admin is not None
+    assert admin.prefix == "/ops/llmux"
+    assert (admin.keys["ops"].env, admin.keys["site"].file) == ("ADMIN_KEY", "admin-keys")
+    assert load_config({**MINIMAL, "admin": {"keys": {"ops": {"env": "X"}}}}).admin is not None
+    assert load_config(MINIMAL).admin is None
+
+
+@pytest.mark.parametrize(
+    ("admin", "where", "words"),
+    [
+        ({"keys": {}}, "admin.keys", "without a key nobody could use it"),
+        ({}, "admin", "missing required field `keys`"),
+        ({"keys": {"ops": {"env": "X", "file": "y"}}}, "admin.keys.ops.hash", "name one of hash, env, file"),
+        ({"keys": {"ops": {"hash": "swordfish"}}}, "admin.keys.ops.hash", "is not sha256:"),
+        ({"keys": {"ops": {"models": ["m"]}}}, "admin.keys.ops", "unknown field `models`"),
+        ({"keys": ["x"]}, "admin.keys", "expected `object`"),
+        *(
+            ({"keys": {"ops": {"env": "X"}}, "prefix": prefix}, "admin.prefix", words)
+            for prefix, words in (
+                ("admin", "is not a path such as /admin"),
+                ("", "is not a path"),
+                ("/", "is not a path"),
+                ("/admin/", "is not a path"),
+                ("//admin", "is not a path"),
+                ("/a b", "is not a path"),
+                ("/x/../admin", "is not a path"),
+                ("/admin%2f", "is not a path"),
+                ("/v1", "would hide what clients ask for at /v1"),
+                ("/v1/admin", "would hide"),
+                ("/models/admin", "would hide"),
+            )
+        ),
+    ],
+)
+def test_a_wrong_admin_section_is_refused(admin: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({**MINIMAL, "admin": admin})
+    assert str(caught.value).startswith(f"$.{where}: ")
+    assert words in str(caught.value)
+    assert "swordfish" not in str(caught.value)
+
+
+def test_no_admin_prefix_hides_a_route_of_clients() -> None:
+    assert {route.path.split("/")[1] for route in ROUTES} | {"models"} == set(CLIENT_PATHS)
+
+
+def test_no_admin_prefix_hides_the_metrics() -> None:
+    source = {**MINIMAL, "admin": {"keys": {"ops": {"env": "X"}}, "prefix": "/own"}, "metrics": {"path": "/own/metrics"}}
+    with pytest.raises(ConfigError, match=r"\$\.admin\.prefix: '/own' would hide the metrics at /own/metrics"):
+        load_config(source)
+    load_config({**source, "metrics": {"path": "/owner"}})
 
 
 def test_preemption_can_be_set() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._control import SCOPE_GRANT, AccessControl, Grant, Identify
 from ._credentials import find_credential
 from ._identity import ANY_MODEL, Identity
-from ._keys import hash_key, new_key
+from ._keys import KeyRing, hash_key, new_key
 
 __all__ = [
     "ANY_MODEL",
@@ -14,6 +14,7 @@ __all__ = [
     "Grant",
     "Identify",
     "Identity",
+    "KeyRing",
     "find_credential",
     "hash_key",
     "new_key",

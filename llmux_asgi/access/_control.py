@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .._errors import describe, headers_before_the_body
 from .._openai import PRIORITY_HEADER, is_done, without_credentials
 from .._routes import shape_of
-from ..config import Config
+from ..config import AccessConfig, Config, load_keys
 from ..exceptions import AuthenticationError, ConfigError, LLMuxError, PermissionDeniedError, quoted
 from ._credentials import SUBPROTOCOL, find_credential, without_subprotocol
 from ._identity import ANY_MODEL, Identity
@@ -61,7 +61,8 @@ class AccessControl:
         self._resolve = resolve
         self._identify = identify
         self._clock = clock
-        self._ring = KeyRing(config)
+        access = access or AccessConfig()
+        self._ring = KeyRing("access.keys", access.keys, access.keys_file, lambda path: load_keys(path, config))
         self._head_starts = config.priorities
         self._accounts: dict[tuple[str, str], Account] = {}
         self._most_accounts = _MOST_ACCOUNTS
@@ -69,6 +70,10 @@ class AccessControl:
     def reload(self) -> None:
         """Read all keys anew. Raises `ConfigError`, and goes on with those that it had."""
         self._ring.reload()
+
+    def knows(self, key: str) -> bool:
+        """Say whether it is a client's key."""
+        return self._ring.find(key) is not None
 
     async def serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Let `app` serve an HTTP or WebSocket connection, without the client's credentials, or refuse it."""

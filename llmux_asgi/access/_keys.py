@@ -1,4 +1,4 @@
-"""The clients' API keys, by their hashes, from configuration, environment and files.
+"""API keys, by their hashes, from configuration, environment and files.
 
 Only the SHA-256 of a key is kept. That is enough for keys that nobody can guess, such as `llmux-asgi hash-key` makes (256
 random bits): a slow hash is for passwords, which can be guessed. A key is found by its hash in a dict, and compared in constant
@@ -12,10 +12,10 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..config import AccessConfig, Config, KeyConfig, SecretConfig, is_hash, is_token, load_keys, read_secret
+from ..config import KeyConfig, KeySource, SecretConfig, is_hash, is_token, read_secret
 from ..exceptions import ConfigError
 from ._identity import Identity
 
@@ -42,11 +42,22 @@ def new_key() -> str:
 
 
 class KeyRing:
-    """Knows the keys. Reads them when it is made, and raises `ConfigError` if it cannot."""
+    """Knows the keys. Reads them when it is made, and raises `ConfigError` if it cannot.
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._access = config.access or AccessConfig()
+    `named` are keys by name, which stand in the configuration at `where`; `load` reads more of them from `keys_file`.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        named: Mapping[str, KeySource],
+        keys_file: str | None = None,
+        load: Callable[[Path], Mapping[str, KeySource]] | None = None,
+    ) -> None:
+        self._where = where
+        self._named = named
+        self._keys_file = keys_file
+        self._load = load
         self._folder = Path.cwd()
         self._watched: dict[Path, _Signature] = {}
         self._looked = 0.0
@@ -82,13 +93,13 @@ class KeyRing:
         return known[1] if known is not None and hmac.compare_digest(known[0], digest) else None
 
     def _read(self, watched: dict[Path, _Signature]) -> dict[bytes, tuple[bytes, Identity]]:
-        named = {f"access.keys.{name}": (name, key) for name, key in self._access.keys.items()}
-        if self._access.keys_file is not None:
-            path = self._folder / self._access.keys_file
+        named = {f"{self._where}.{name}": (name, key) for name, key in self._named.items()}
+        if self._keys_file is not None and self._load is not None:
+            path = self._folder / self._keys_file
             watched[path] = _signature(path)  # before it is read: what changes meanwhile is seen at the next look
-            for name, key in load_keys(path, self._config).items():
-                if name in self._access.keys:
-                    raise ConfigError(f"{path}: $.{name}: is in access.keys too")
+            for name, key in self._load(path).items():
+                if name in self._named:
+                    raise ConfigError(f"{path}: $.{name}: is in {self._where} too")
                 named[f"{path}: $.{name}"] = name, key
         keys: dict[bytes, tuple[bytes, Identity]] = {}
         for where, (name, key) in named.items():
@@ -98,7 +109,7 @@ class KeyRing:
                 keys[digest] = digest, _identity(name, key)
         return keys
 
-    def _digests(self, where: str, key: KeyConfig, watched: dict[Path, _Signature]) -> Iterator[bytes]:
+    def _digests(self, where: str, key: KeySource, watched: dict[Path, _Signature]) -> Iterator[bytes]:
         if key.hash is not None:
             yield _digest(where, key.hash)
         elif key.env is not None:
@@ -130,7 +141,9 @@ def _digest(where: str, text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _identity(name: str, key: KeyConfig) -> Identity:
+def _identity(name: str, key: KeySource) -> Identity:
+    if not isinstance(key, KeyConfig):
+        return Identity(name)
     return Identity(name, key.models, key.requests_per_minute, key.tokens_per_minute, key.max_concurrent, key.priority)
 
 

@@ -18,7 +18,17 @@ All durations are in seconds, all sizes in bytes. Unknown keys are errors.
 
 from __future__ import annotations
 
-from ._access import AccessConfig, KeyConfig, SecretConfig, is_hash, is_token, read_secret
+from ._access import (
+    AccessConfig,
+    AdminConfig,
+    AdminKeyConfig,
+    KeyConfig,
+    KeySource,
+    SecretConfig,
+    is_hash,
+    is_token,
+    read_secret,
+)
 from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._metrics import MetricsConfig
 from ._models import (
@@ -40,12 +50,15 @@ from ._parameters import ModelParametersConfig, ParametersConfig
 __all__ = [
     "POLICY_PARAMETERS",
     "AccessConfig",
+    "AdminConfig",
+    "AdminKeyConfig",
     "Config",
     "ConfigSource",
     "CostsConfig",
     "DrainMode",
     "HooksConfig",
     "KeyConfig",
+    "KeySource",
     "LimitsConfig",
     "MemoryConfig",
     "MetricsConfig",

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar, get_args
 import msgspec
 
 from ..exceptions import ConfigError
-from ._access import AccessConfig, KeyConfig
+from ._access import AccessConfig, AdminConfig, AdminKeyConfig, KeyConfig
 from ._models import Config, DrainMode, MemoryCheckKind, ModelConfig, PolicyName, ProbeKind, ServerKind, SleepLevel
 
 __all__ = ["ConfigSource", "json_schema", "load_config", "load_keys"]
@@ -44,7 +44,7 @@ def load_config(source: ConfigSource) -> Config:
 def load_keys(path: Path, config: Config) -> dict[str, KeyConfig]:
     """Read a file of clients' keys (`access.keys_file`) for a gateway of this configuration. Raises `ConfigError`."""
     try:
-        keys = _keys(_parser(path)(path.read_bytes()), "$")
+        keys = _keys(_parser(path)(path.read_bytes()), "$", KeyConfig)
         for name, key in keys.items():
             config.check_key(name, key)
     except ConfigError as exc:
@@ -124,17 +124,22 @@ def _build(raw: Any) -> Config:
         built = {name: _convert(model, ModelConfig, f"$.models.{name}") for name, model in models.items()}
         raw = {**raw, "models": built}
         if isinstance(access := raw.get("access"), Mapping) and isinstance(access.get("keys"), Mapping):
-            raw["access"] = _convert({**access, "keys": _keys(access["keys"], "$.access.keys")}, AccessConfig, "$.access")
+            raw["access"] = _convert(
+                {**access, "keys": _keys(access["keys"], "$.access.keys", KeyConfig)}, AccessConfig, "$.access"
+            )
+        if isinstance(admin := raw.get("admin"), Mapping) and isinstance(admin.get("keys"), Mapping):
+            keys = _keys(admin["keys"], "$.admin.keys", AdminKeyConfig)
+            raw["admin"] = _convert({**admin, "keys": keys}, AdminConfig, "$.admin")
     return _convert(raw, Config, "$")
 
 
-def _keys(raw: Any, where: str) -> dict[str, KeyConfig]:
+def _keys(raw: Any, where: str, kind: type[_T]) -> dict[str, _T]:
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: expected keys by name")
     for name in raw:
         if not isinstance(name, str) or not name:
             raise ConfigError(f"{where}.{name}: a key's name is a text: write it in quotes")
-    return {name: _convert(key, KeyConfig, f"{where}.{name}") for name, key in raw.items()}
+    return {name: _convert(key, kind, f"{where}.{name}") for name, key in raw.items()}
 
 
 _ALLOWED = {

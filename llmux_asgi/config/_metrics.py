@@ -8,14 +8,12 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from ._access import SecretConfig
+from ._access import CLIENT_PATHS, SecretConfig
 from ._values import PositiveSeconds, ValueConfigError
 
 __all__ = ["MetricsConfig"]
 
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-_TAKEN = ("classify", "detokenize", "models", "pooling", "rerank", "score", "tokenize", "v1", "v2")
-"""What the paths begin with that clients ask for."""
 
 
 class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,5 +33,5 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if not _PATH.fullmatch(self.path) or {".", ".."} & set(self.path.split("/")):
             message = f"{self.path!r} is not a path such as /metrics: slashes, letters, digits, . _ ~ -"
             raise ValueConfigError("path", message)
-        if (first := self.path.split("/")[1]) in _TAKEN:
+        if (first := self.path.split("/")[1]) in CLIENT_PATHS:
             raise ValueConfigError("path", f"{self.path!r} would hide what clients ask for at /{first}")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from ._access import AccessConfig, KeyConfig, SecretConfig
+from ._access import AccessConfig, AdminConfig, KeyConfig, SecretConfig
 from ._metrics import MetricsConfig
 from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
@@ -318,6 +318,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
     access: Annotated[AccessConfig | None, Meta(description="Who may use the gateway; null: everybody who reaches it.")] = None
+    admin: Annotated[AdminConfig | None, Meta(description="The admin API and its page; null: there are none.")] = None
     metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
@@ -330,6 +331,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.priority is not None and model.priority not in self.priorities:
                 known = f"one of {', '.join(self.priorities)}" if self.priorities else "none, for there are no priorities"
                 raise _ValueConfigError(f"models.{name}.priority", f"{model.priority!r} must be {known}")
+        if (
+            self.admin is not None
+            and self.metrics is not None
+            and (self.metrics.path + "/").startswith(self.admin.prefix + "/")
+        ):
+            raise _ValueConfigError("admin.prefix", f"{self.admin.prefix!r} would hide the metrics at {self.metrics.path}")
         for name, key in self.access.keys.items() if self.access is not None else ():
             self.check_key(f"access.keys.{name}", key)
         servers: dict[tuple[str, str], str] = {}

@@ -18,6 +18,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from llmux_asgi import LLMuxApp, cli
+from llmux_asgi.access import hash_key
 from llmux_asgi.cli import _serve, app
 from llmux_asgi.sim import SimProcess, start_sim
 
@@ -60,7 +61,8 @@ def written(path: Path, **models: object) -> str:
 
 def test_it_serves_below_its_prefix_and_a_signal_gives_running_answers_their_time(sim: SimProcess, tmp_path: Path) -> None:
     config = tmp_path / "llmux.json"
-    config.write_text(json.dumps({"models": {"qwen": {"url": sim.url}}, "limits": {"shutdown": 1.5}}))
+    admin = {"keys": {"ops": {"hash": hash_key("llmux-admin-0123456789")}}}
+    config.write_text(json.dumps({"models": {"qwen": {"url": sim.url}}, "limits": {"shutdown": 1.5}, "admin": admin}))
     with served(str(config), "--port", "0", "--prefix", "/llm") as (url, process), httpx.Client(base_url=url) as client:
         assert url.endswith("/llm/v1")
         assert client.get("/models").json()["data"][0]["id"] == "qwen"
@@ -68,10 +70,13 @@ def test_it_serves_below_its_prefix_and_a_signal_gives_running_answers_their_tim
         with (
             client.stream("POST", "/completions", json={**body, "max_tokens": 10}) as short,
             client.stream("POST", "/completions", json={**body, "max_tokens": 4000}) as long,
+            client.stream("GET", "../admin/api/events", headers={"x-api-key": "llmux-admin-0123456789"}) as events,
         ):
+            assert events.status_code == 200
             process.send_signal(signal.SIGTERM)
             assert list(short.iter_lines())[-2:] == ["data: [DONE]", ""]
             assert "request_interrupted" in list(long.iter_lines())[-2]
+            assert "event: status" in list(events.iter_lines())  # it has ended in order
         out, log = process.communicate(timeout=20)
         assert process.returncode == 0, log
         assert out == b""

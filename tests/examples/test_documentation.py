@@ -6,9 +6,11 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from llmux_asgi import (
     HooksBackend,
     LlamaCppBackend,
+    LLMuxApp,
     OllamaBackend,
     SGLangBackend,
     cli,
@@ -29,6 +32,8 @@ from llmux_asgi import (
 from llmux_asgi._errors import describe
 from llmux_asgi._instruments import METRICS
 from llmux_asgi._routes import ROUTES, find_route
+from llmux_asgi.admin import Status
+from llmux_asgi.admin._openapi import description
 from llmux_asgi.backends import build_backend
 from llmux_asgi.sim import SimProcess
 
@@ -97,6 +102,40 @@ def test_each_kind_of_other_server_is_configured_as_the_page_says() -> None:
     assert kinds == [LlamaCppBackend, OllamaBackend, SGLangBackend, HooksBackend]
 
 
+def test_the_status_that_is_shown_has_all_its_fields() -> None:
+    (shown,) = blocks(ROOT / "docs" / "admin.md", "json")
+    status = json.loads(shown)
+    assert json.loads(msgspec.json.encode(msgspec.convert(status, Status))) == status
+
+
+def test_the_calls_of_the_admin_api_are_those_of_its_description() -> None:
+    calls = [row[0].strip("`").partition("?")[0] for row in rows(ROOT / "docs" / "admin.md") if "/api/" in row[0]]
+    shown = {tuple(call.split(" ")) for call in calls}
+    paths = {path.replace("{model}", "NAME"): methods for path, methods in description()["paths"].items()}
+    assert shown == {(method.upper(), path) for path, methods in paths.items() for method in methods}
+
+
+def test_the_commands_of_the_admin_page_work(tmp_path: Path, sims: list[SimProcess], monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "llmux-admin-0123456789"
+    monkeypatch.setenv("LLMUX_ADMIN_KEY", key)
+    config = tmp_path / "admin.yaml"
+    config.write_text(pointed((ROOT / "examples" / "admin.yaml").read_text(), sims))
+    llm = LLMuxApp(config)
+    script = "".join(blocks(ROOT / "docs" / "admin.md", "sh"))
+    assert script.count("--max-time 10 ") == 1
+    with serving(llm) as url:
+        script = script.replace("http://127.0.0.1:8000", url).replace("--max-time 10 ", "--max-time 0.5 ")
+        ran = subprocess.run(
+            ["bash", "-e", "-o", "pipefail"], input=script, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert ran.returncode == 28, ran.stdout + ran.stderr  # curl's time was over, in the stream of events
+    assert ran.stdout.startswith('{"version":')
+    assert '"pinned":true' in ran.stdout
+    assert '"drained":true' in ran.stdout
+    assert "event: drain" in ran.stdout
+    assert not llm.switcher.draining
+
+
 def test_the_commands_of_the_simulated_server_have_these_options() -> None:
     shown = {
         line
@@ -131,6 +170,8 @@ def configuration_keys() -> dict[str, str]:
         "MetricsConfig": "metrics.",
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
+        "AdminConfig": "admin.",
+        "AdminKeyConfig": "admin.keys.NAME.",
         "SecretConfig": "models.NAME.api_key.",
         "ModelParametersConfig": "models.NAME.parameters.",
         "ParametersConfig": "models.NAME.parameters.",  # the same ones by alias
@@ -178,7 +219,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
 def test_the_short_table_of_the_readme_leaves_no_key_out() -> None:
     documented = {row[0].strip("`"): row[2] for row in rows(README) if row[0].startswith("`")}
     keys = set(configuration_keys()) - {"models"}
-    assert set(documented) <= keys | {"models.NAME.timeouts", "models.NAME.costs", "access.keys.NAME"}
+    assert set(documented) <= keys | {"models.NAME.timeouts", "models.NAME.costs", "access.keys.NAME", "admin.keys.NAME"}
 
     def is_told(key: str) -> bool:
         """Whether it has a row of its own, or is named in one of its section's."""

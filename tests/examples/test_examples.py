@@ -194,7 +194,7 @@ def test_jaeger_listens_on_loopback_where_the_exporter_sends_to() -> None:
 
 
 def test_the_commented_configuration_names_every_key() -> None:
-    paths = EXAMPLES / "llmux.yaml", EXAMPLES / "managed.yaml", EXAMPLES / "access.yaml"
+    paths = [EXAMPLES / f"{name}.yaml" for name in ("llmux", "managed", "access", "admin")]
     assert load_config(paths[0]).aliases == {"gpt-4o": "qwen"}
     assert [name for name, model in load_config(paths[1]).models.items() if model.command] == ["qwen", "llama"]
     text = "".join(path.read_text() for path in paths)
