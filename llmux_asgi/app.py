@@ -109,6 +109,7 @@ class LLMuxApp:
             max_buffered=self.config.limits.max_buffered,
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
+            timing_headers=self.config.timing_headers,
             tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
             models=self.config.models,
         )

@@ -42,7 +42,7 @@ LAYERS = [
         "_instruments",
         "telemetry",
     ],
-    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters", "_timing"],
     [
         "_body",
         "upstream._protocol",
@@ -126,6 +126,7 @@ PURE = [
     "_openai",
     "_errors",
     "_payload",
+    "_timing",
     "_backoff",
 ]
 
