@@ -25,6 +25,10 @@ class Backoff:
         self._longest = longest
         self._failures: dict[str, Failure] = {}
 
+    def set_pauses(self, initial: float, longest: float) -> None:
+        """Go by other pauses from the next failure on, in seconds."""
+        self._initial, self._longest = initial, longest
+
     def failed(self, model: str, reason: str, now: float) -> Failure:
         """Note a failed switch to `model`."""
         before = self._failures.get(model)

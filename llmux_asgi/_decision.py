@@ -119,6 +119,12 @@ class Decider:
                     )
         return None
 
+    def use(self, policy: SwitchPolicy) -> None:
+        """Ask another policy from now on."""
+        self._policy = policy
+        self.drop_all()
+        self._changed()
+
     def drop(self, model: str) -> None:
         """Cancel the deferral of `model`, if there is one: it has become pointless."""
         if deferral := self._deferrals.pop(model, None):

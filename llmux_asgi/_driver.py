@@ -88,6 +88,11 @@ class Driver:
         if self._lock is not None and not self._lock.locked():
             self._lock = None
 
+    def use(self, policy: SwitchPolicy) -> None:
+        """Go by another policy from now on. A drain that has begun goes on as it was begun."""
+        self._policy = policy
+        self._decider.use(policy)
+
     def costs(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
         """The estimates of sleep and of wake, in seconds by model; empty while nothing is known."""
         return self._steps.costs()

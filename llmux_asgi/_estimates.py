@@ -57,6 +57,12 @@ class Estimates:
         if costs.wake is not None:
             self._wake[model, level] = costs.wake
 
+    def forget(self, model: str) -> None:
+        """Know nothing of `model` any more: it has another server, or is gone."""
+        for averages in (self._sleep, self._wake):
+            for key in [key for key in averages if key[0] == model]:
+                del averages[key]
+
     def sleep_took(self, model: str, level: int, seconds: float) -> None:
         """Take in a measurement. The first one is the estimate."""
         _move(self._sleep, (model, level), seconds)

@@ -70,6 +70,10 @@ class MemoryCheck:
         if (footprint := self._gauge.used_mib() - self._before) > 0:
             self._most[model] = self._before + (1 - _SHARE) * footprint
 
+    def forget(self, model: str) -> None:
+        """Know nothing of `model` any more: it has another server, or is gone."""
+        self._most.pop(model, None)
+
     async def confirm_freed(self, model: str) -> None:
         """Return once the memory of `model` is free. Raises `BackendError` if it is not in `settle` seconds.
 

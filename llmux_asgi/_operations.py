@@ -78,11 +78,11 @@ class Operations:
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        now = self._clock()
+        now, models = self._clock(), self._state.models
         return replace(
             self._state.snapshot(),
-            servers=MappingProxyType(self._servers.states()),
-            costs=MappingProxyType({model: self._costs(model) for model in self._servers.models}),
+            servers=MappingProxyType(dict.fromkeys(models, "unknown") | self._servers.states()),
+            costs=MappingProxyType({model: self._costs(model) for model in models}),
             oldest_waits=MappingProxyType(self._state.first_waits(now)),
             retry_in=MappingProxyType(self._backoff.retry_in(now)),
             pinned=self._state.pinned,

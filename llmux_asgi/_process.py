@@ -56,7 +56,7 @@ class ServerProcess:
         self._command = list(command)
         self._env = dict(env)
         self._cwd = cwd
-        self._grace = grace
+        self.grace = grace
         self._guardian: subprocess.Popen[bytes] | None = None
         self._mark = ""
         self._lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -73,7 +73,7 @@ class ServerProcess:
         marks = {_GATEWAY_MARK: f"{_identity(os.getpid())}/{_TOKEN}", _PROCESS_MARK: self._mark}
         try:
             self._guardian = subprocess.Popen(  # noqa: S603 (our own program)
-                [sys.executable, "-I", "-S", str(_GUARDIAN), str(self._grace), *self._command],
+                [sys.executable, "-I", "-S", str(_GUARDIAN), str(self.grace), *self._command],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -91,7 +91,7 @@ class ServerProcess:
 
         Raises `BackendError` if the kernel does not let it go.
         """
-        await self._end(self._grace)
+        await self._end(self.grace)
 
     async def kill(self) -> None:
         """As `stop`, without a grace period."""

@@ -82,13 +82,18 @@ class Proxy:
         max_frozen: float = 0.0,
         write_timeout: float = 60.0,
     ) -> None:
-        self.targets = {name: Target.of(name, model, max_frozen) for name, model in models.items()}
+        self.targets = self.targets_of(models, max_frozen)
         self.upstream = Http1Upstream() if upstream is None else upstream
-        self._heartbeat = heartbeat
-        self._write_timeout = write_timeout
+        self.heartbeat = heartbeat
+        self.write_timeout = write_timeout
         self._relays: set[_Relay] = set()
         """Those that are under way."""
         self._clients = _Clients()
+
+    @staticmethod
+    def targets_of(models: Mapping[str, ModelConfig], max_frozen: float) -> dict[str, Target]:
+        """Where the requests for each model go. Raises `ConfigError` if a server's API key cannot be read."""
+        return {name: Target.of(name, model, max_frozen) for name, model in models.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
@@ -97,7 +102,7 @@ class Proxy:
             body = await _read_body(receive)
         if body is not None:
             target = self.targets[scope[SCOPE_LEASE].model]
-            relay = _Relay(scope, receive, send, target, self.upstream, self._heartbeat, self._write_timeout)
+            relay = _Relay(scope, receive, send, target, self.upstream, self.heartbeat, self.write_timeout)
             self._relays.add(relay)
             self._clients.add(relay)
             try:

@@ -57,8 +57,13 @@ class WaitingRoom:
             self._released.set()
         self.changed.set()
 
+    def look_again(self) -> None:
+        """Have those who wait in `until_release` look at how things are now."""
+        if self._released is not None:
+            self._released.set()
+
     async def until_release(self) -> None:
-        """Wait until any request is over."""
+        """Wait until any request is over, or something else has changed."""
         if self._released is None or self._released.is_set():  # another task may wait for the present one
             self._released = anyio.Event()
         await self._released.wait()
@@ -75,8 +80,9 @@ class WaitingRoom:
             self.changed.set()
 
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
-        """Tell everybody who waits for `model` the error that the function makes."""
-        self._refuse_queue(model, error)
+        """Tell everybody who waits for a turn of `model` the error that the function makes."""
+        if not self.state.is_shut(model):
+            self._refuse_queue(model, error)
         if activation := self.frozen.pop(model, None):
             activation.end(error)
         self._nobody_waits(model)
@@ -84,7 +90,8 @@ class WaitingRoom:
     def refuse_queues(self, reason: str) -> None:
         """Tell everybody in a queue that the switch failed, and why. Frozen requests go on waiting."""
         for model in self.state.waiting_models():
-            self._refuse_queue(model, partial(SwitchError, model, reason))
+            if not self.state.is_shut(model):
+                self._refuse_queue(model, partial(SwitchError, model, reason))
             if not self.state.depth(model):
                 self._nobody_waits(model)
 
@@ -93,11 +100,22 @@ class WaitingRoom:
         for model in self.state.waiting_models():
             self.refuse(model, partial(SwitchError, model, reason))
 
+    def close(self, reason: str) -> None:
+        """As `refuse_all`; those who wait for a new server too."""
+        self.refuse_all(reason)
+        for model in self.state.models:
+            self._refuse_queue(model, partial(SwitchError, model, reason))
+
     def _refuse_queue(self, model: str, error: Callable[[], LLMuxError]) -> None:
         for ticket in self.state.refuse(model):
             waiter = cast("Waiter", ticket)
             waiter.error = error
             waiter.event.set()
+
+    def has_shut(self, model: str) -> None:
+        """`model` was shut: those in its queue want no turn any more."""
+        if not self.state.depth(model):
+            self._nobody_waits(model)
 
     def _nobody_waits(self, model: str) -> None:
         self.drop_deferral(model)
@@ -128,6 +146,7 @@ class WaitingRoom:
     def grant(self, granted: list[Ticket], switch: SpanContext | None = None) -> None:
         """Tell those whose tickets were granted, and by which switch if it was one. Called after every settled transition."""
         self.shares.note(self._clock())
+        self.look_again()
         for ticket in granted:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self.activation, switch

@@ -60,6 +60,42 @@ class Servers:
         """The models' names, in the order of the configuration."""
         return tuple(self._backends)
 
+    def add(self, model: str, backend: Backend) -> None:
+        """Have one more server, of which nothing is known yet."""
+        self._backends[model] = backend
+        self._unconfirmed[model] = _Steps.NONE
+        self._told[model] = "unknown"
+
+    def remove(self, model: str) -> Backend:
+        """Forget a server that `leave` has returned for. Whoever calls this closes it."""
+        self._known.pop(model, None)
+        del self._unconfirmed[model], self._told[model]
+        self._vanished.discard(model)
+        if self._memory is not None:
+            self._memory.forget(model)
+        return self._backends.pop(model)
+
+    async def leave(self, model: str, level: int) -> None:
+        """Return once `model`, which is not active, is confirmed out of memory; put it to sleep if it is not.
+
+        Its process is ended if it is the gateway's own. Raises `BackendError` if it cannot be confirmed.
+        """
+        if self.can_stop(model):
+            if not self.says_stopped(model):
+                await self.end(model)
+        else:
+            asleep = self.says_asleep(model) and self.is_sound(model)
+            try:
+                await self.look(model)
+            except BackendError as exc:
+                if not asleep:
+                    raise
+                self._known[model] = BackendState.ASLEEP
+                logger.warning("the model %r was put to sleep and is taken to be asleep still: %s", model, exc)
+            if self.says_awake(model) or not self.is_sound(model):
+                await self.sleep(model, level)
+        await self.confirm_vanished()
+
     def says_awake(self, model: str) -> bool:
         """Say whether the server of `model` said that it is awake when it was last asked."""
         return self._known.get(model) is BackendState.AWAKE
@@ -125,7 +161,7 @@ class Servers:
 
     def require_stoppable(self, model: str) -> StoppableBackend:
         """Return the backend of `model`. Raises `BackendUnsupportedError` if its process is not the gateway's own."""
-        backend = self._backends[model]
+        backend = self._backends.get(model)
         if not isinstance(backend, StoppableBackend):
             raise BackendUnsupportedError(
                 f"The process of the model {model!r} was not started by the gateway, which cannot stop it. Put the model to "

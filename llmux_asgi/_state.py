@@ -20,6 +20,9 @@ A switch may have no target: its model is put to sleep, and no other is woken (`
 
 Requests that were running when their model was put to sleep, and that its server keeps (`freeze`), are counted apart from
 those in flight. They wait for their model's next turn as those in its queue do, since the time of the freeze.
+
+A model whose server is to be replaced is shut (`shut`): who is in its queue waits for the new server, and the old one only
+finishes what it has begun. Only what is frozen there asks for a turn of it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import math
 from collections.abc import Iterable
 from operator import itemgetter
 from types import MappingProxyType
+from typing import Any
 
 from ._queue import Ticket, TicketQueue, TicketStatus
 from ._statistics import Mode, Phase, SwitcherStatistics
@@ -51,6 +55,9 @@ class SwitcherState:
         """How many requests were waiting for it then, all of which it serves from then on."""
         self._idle_since = float("-inf")
         self._doubted = False
+        self._shut: set[str] = set()
+        self._admitting: str | None = None
+        """The active model, unless it is shut."""
         self._in_flight = dict.fromkeys(models, 0)
         self._frozen = dict.fromkeys(self._in_flight, 0)
         self._frozen_since = dict.fromkeys(self._in_flight, 0.0)
@@ -66,7 +73,7 @@ class SwitcherState:
     def admits(self, model: str) -> bool:
         """Say whether a request for `model` may go to its server now."""
         serving = self.mode is Mode.ACTIVE or (self.phase is Phase.COOLDOWN and not self._doubted)
-        return serving and self.active == model
+        return serving and self._admitting == model
 
     def try_admit(self, model: str, head_start: float = 0.0) -> bool:
         """Count a request in, if its model admits."""
@@ -135,7 +142,9 @@ class SwitcherState:
         return self._frozen[model]
 
     def depth(self, model: str) -> int:
-        """How many requests wait for `model`, in its queue or frozen."""
+        """How many requests wait for a turn of `model`, in its queue or frozen. The queue of a shut one does not."""
+        if model in self._shut or model not in self._queues:
+            return self._frozen.get(model, 0)
         return len(self._queues[model]) + self._frozen[model]
 
     def waiting_since(self, model: str) -> float:
@@ -163,7 +172,11 @@ class SwitcherState:
     def first_waits(self, now: float) -> dict[str, float]:
         """For how many seconds the first of those who wait for each model has waited, head starts aside."""
         frozen = {model: since if self._frozen[model] else math.inf for model, since in self._frozen_since.items()}
-        since = {model: min(self.queued_since(model), frozen[model]) for model in self._queues if self.depth(model)}
+        since = {
+            model: min(self.queued_since(model), frozen[model])
+            for model in self._queues
+            if self._queues[model] or self._frozen[model]
+        }
         return {model: now - each for model, each in since.items()}
 
     def waiters(self, model: str) -> tuple[Ticket, ...]:
@@ -183,6 +196,50 @@ class SwitcherState:
         """Sort `models` by when they were active last, the latest first; those that never were keep their order."""
         order = {model: position for position, model in enumerate(self._last_active)}
         return sorted(models, key=lambda model: order.get(model, -1), reverse=True)
+
+    # Models
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that there are, those that are on their way out included."""
+        return tuple(self._queues)
+
+    def add(self, model: str) -> None:
+        """Know a further model. It is shut: requests for it are queued, and it gets no turn."""
+        _require(model not in self._queues)
+        self._in_flight[model] = self._frozen[model] = 0
+        self._frozen_since[model] = 0.0
+        self._queues[model] = TicketQueue()
+        self._held[model] = {}
+        self._shut.add(model)
+
+    def forget(self, model: str) -> None:
+        """Know a model no longer. Nobody waits for it or is served by it."""
+        _require(model != self.active and model != self.target)
+        _require(not (self._in_flight[model] or self._frozen[model] or self._queues[model]))
+        tables: tuple[dict[str, Any], ...] = (self._in_flight, self._frozen, self._frozen_since, self._queues, self._held)
+        for table in tables:
+            del table[model]
+        self._last_active.pop(model, None)
+        self._shut.discard(model)
+
+    def shut(self, model: str) -> None:
+        """Admit no request for `model` until `open`, and give it no turn for those in its queue."""
+        self._shut.add(model)
+        if model == self.active:
+            self._admitting = None
+
+    def is_shut(self, model: str) -> bool:
+        """Say whether `shut` was called for `model`, or it was never opened."""
+        return model in self._shut
+
+    def open(self, model: str) -> list[Ticket]:
+        """Undo `shut`. Returns the tickets that this grants."""
+        self._shut.discard(model)
+        if model != self.active:
+            return []
+        self._admitting = model
+        return self._grant(model) if self.admits(model) else []
 
     # Transitions
 
@@ -326,6 +383,7 @@ class SwitcherState:
 
     def _activate(self, model: str | None, since: float) -> None:
         self.active, self.active_since, self._idle_since = model, since, since
+        self._admitting = model if model not in self._shut else None
         self._served_until = {}
         self.queued_at_activation = 0
         if model is not None:
@@ -344,7 +402,7 @@ class SwitcherState:
         self.mode = Mode.ACTIVE
         self._last_active.pop(self.active, None)
         self._last_active[self.active] = None
-        return self._grant(self.active)
+        return self._grant(self.active) if self._admitting is not None else []
 
     def _grant(self, model: str) -> list[Ticket]:
         granted = self._empty(model, TicketStatus.GRANTED)

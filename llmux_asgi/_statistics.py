@@ -90,6 +90,8 @@ class SwitcherStatistics:
     """What each model's server was last known to be: `awake`, `asleep`, `stopped`, `unreachable` or `unknown`."""
     costs: Mapping[str, ModelCosts] = field(default_factory=dict)
     """What putting each model to sleep and waking it is estimated to take, at its sleep level."""
+    unsettled: tuple[str, ...] = ()
+    """Models whose server is replaced or removed after a reload, and is not out of memory yet."""
     oldest_waits: Mapping[str, float] = field(default_factory=dict)
     """For how many seconds the first of those who wait for each model has waited, frozen ones since they were frozen. Models
     that nobody waits for are left out."""

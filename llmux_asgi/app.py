@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -15,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
 from ._openai import Headers
+from ._parameters import Parameters
 from ._proxy import Proxy, Target
 from ._realtime import Realtime, refuse_websocket
+from ._request_log import RequestLog
 from ._responses import ResponseModels
 from ._routes import (
     Address,
@@ -32,8 +37,7 @@ from ._routes import (
 from ._spawn import beside
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .admin import AdminApp
-from .backends import with_ports
-from .config import Config, ConfigSource, load_config
+from .config import Config, ConfigSource, ReloadReport, Task, load_config
 from .exceptions import (
     ConfigError,
     LLMuxError,
@@ -57,6 +61,8 @@ if TYPE_CHECKING:
 __all__ = ["LLMuxApp"]
 
 _MODELS = "/v1/models"
+
+logger = logging.getLogger(__name__)
 
 
 class LLMuxApp:
@@ -86,11 +92,14 @@ class LLMuxApp:
         upstream: Upstream | None = None,
         identify: Identify | None = None,
     ) -> None:
-        self.config = with_ports(load_config(config))
-        self._metrics = _metrics_endpoint(self.config)
+        # The host may change its working folder before the file is read again.
+        self._source = Path(config).absolute() if isinstance(config, (str, os.PathLike)) else config
+        given = load_config(config)
+        self._metrics = _metrics_endpoint(given)
         exposition = self._metrics.provider if self._metrics is not None else None
         telemetry = Telemetry(tracer_provider, meter_provider, exposition=exposition)
-        self.switcher = ModelSwitcher.from_config(self.config, policy=policy, memory=memory, telemetry=telemetry)
+        self.switcher = ModelSwitcher.from_config(given, policy=policy, memory=memory, telemetry=telemetry)
+        self.config = self.switcher.reloader.config or given
         self._proxy = Proxy(
             self.config.models,
             upstream,
@@ -110,12 +119,12 @@ class LLMuxApp:
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
             timing_headers=self.config.timing_headers,
-            tasks={name: model.tasks for name, model in self.config.models.items() if model.tasks is not None},
+            tasks=_tasks(self.config),
             models=self.config.models,
         )
-        self._access: AccessControl | None = None
-        if self.config.access is not None or identify is not None:
-            self._access = AccessControl(self.config, self.switcher.resolve, identify)
+        self._request_log = self.config.request_log
+        self._identify = identify
+        self._access = self._access_control(self.config)
         self._realtime = Realtime(
             self._inference,
             self._proxy.targets,
@@ -123,6 +132,11 @@ class LLMuxApp:
             idle=self.config.limits.websocket_idle,
         )
         self._created = int(time.time())
+        self._reloading: anyio.Lock | None = None
+        self._reloaded = anyio.Event()
+        self._targets = dict(self._proxy.targets)
+        """The targets that the configuration says, where those in use may be of servers that are being replaced."""
+        self.switcher.reloader.settled = self._retarget
         self._policy_name = type(policy).__name__ if policy is not None else None
         self._admin = AdminApp(self, self.config.admin) if self.config.admin is not None else None
         self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
@@ -159,6 +173,71 @@ class LLMuxApp:
         if self._admin is not None:
             self._admin.reload_keys()
 
+    async def reload(self, config: ConfigSource | None = None) -> ReloadReport:
+        """Go by another configuration from now on, without losing a request; `None`: what the app was built from, read anew.
+
+        Raises `ConfigError` if it cannot be used, or not without a restart, and `BackendUnsupportedError` if it has `drain:
+        preempt` and a server that answers cannot freeze its requests: nothing has changed then. Calls at the same time come
+        one after the other. Servers that are replaced or removed go to sleep when their requests are over, which this does
+        not wait for: see `switcher.statistics().unsettled`.
+        """
+        if self._reloading is None or not self._reloading.locked():
+            self._reloading = anyio.Lock()  # one that was used in another event loop does not work in this one
+        async with self._reloading:
+            given = load_config(self._source if config is None else config)
+            plan = self.switcher.reloader.plan(given)
+            targets = self._proxy.targets_of(plan.config.models, self.switcher.max_frozen_with(plan.policy))
+            change_over: list[Callable[[], None]] = []
+            access = self._access
+            if access is not None and (plan.config.access is not None or self._identify is not None):
+                change_over.append(access.prepare(plan.config))
+            else:
+                access = self._access_control(plan.config)
+            if self._admin is not None and plan.config.admin is not None:
+                change_over.append(self._admin.prepare(plan.config.admin))
+            await self.switcher.reloader.check(plan)
+            # From here on nothing waits, and nothing fails.
+            self.config, self._access, self._targets = plan.config, access, targets
+            for change in change_over:
+                change()
+            self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
+            report = self.switcher.reloader.adopt(plan)
+            self._go_by(plan.config)
+            self._reloaded.set()
+            logger.info(
+                "the configuration was read anew: added %s, changed %s, removed %s, settings changed %s",
+                *map(list, astuple(report)),
+            )
+            return report
+
+    def _go_by(self, config: Config) -> None:
+        """Take over the settings that are kept outside the switcher."""
+        limits = config.limits
+        self._proxy.heartbeat, self._proxy.write_timeout = limits.heartbeat, limits.write_timeout
+        unsettled = self.switcher.statistics().unsettled
+        self._proxy.targets.update({name: target for name, target in self._targets.items() if name not in unsettled})
+        intake = self._inference.intake
+        intake.max_headers, intake.max_buffered = limits.max_headers, limits.max_buffered
+        intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
+        self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
+        self._inference.timing_headers = config.timing_headers
+        if config.request_log != self._request_log:
+            self._request_log = config.request_log
+            self._inference.request_log = RequestLog(config.request_log) if config.request_log is not None else None
+        self._realtime.max_message, self._realtime.idle = limits.max_message, limits.websocket_idle
+
+    def _retarget(self, model: str) -> None:
+        """A model's new server has come in, or the model is gone."""
+        if model in self._targets:
+            self._proxy.targets[model] = self._targets[model]
+        else:
+            self._proxy.targets.pop(model, None)
+
+    def _access_control(self, config: Config) -> AccessControl | None:
+        if config.access is None and self._identify is None:
+            return None
+        return AccessControl(config, self.switcher.resolve, self._identify)
+
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
         """Preload models and watch the active one while in the block; on leaving it, `aclose`. For the host's `lifespan`.
@@ -186,9 +265,12 @@ class LLMuxApp:
             await self._proxy.aclose()
 
     async def _watch(self) -> None:
-        while (interval := self.config.limits.health_interval) is not None:
-            await anyio.sleep(interval)
-            await self.switcher.check()
+        while True:
+            self._reloaded = anyio.Event()
+            with anyio.move_on_after(self.config.limits.health_interval) as pause:
+                await self._reloaded.wait()
+            if pause.cancelled_caught:
+                await self.switcher.check()
 
     async def _preload(self) -> None:
         # The first of the configuration comes last, and stays.
@@ -283,6 +365,10 @@ class LLMuxApp:
         if model is None:
             raise UnknownResponseError(response)
         return replace(address, model=model)
+
+
+def _tasks(config: Config) -> dict[str, tuple[Task, ...]]:
+    return {name: model.tasks for name, model in config.models.items() if model.tasks is not None}
 
 
 def _metrics_endpoint(config: Config) -> MetricsEndpoint | None:

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import anyio
 
@@ -26,12 +27,14 @@ from ._journal import Journal
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
 from ._operations import Operations
+from ._reload import Reloader, Settings, build_servers
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._spawn import spawn
 from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
-from .backends import Backend, BackendState, build_backend, with_ports
-from .config import Config
+from ._turnover import Turnover
+from .backends import Backend, BackendState, with_ports
+from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
     BackendError,
     BackendTimeoutError,
@@ -92,7 +95,8 @@ class ModelSwitcher:
         self.journal = journal or Journal()
         """What has happened."""
         self._servers = Servers(backends, MemoryCheck(memory, memory_settle) if memory is not None else None, self._note_server)
-        self._names = {**(aliases or {}), **{model: model for model in backends}}
+        self._models = tuple(backends)
+        self._names: Mapping[str, str] = {**(aliases or {}), **{model: model for model in backends}}
         self._policy: SwitchPolicy = policy or GatedQuantumPolicy()
         self._sleep_levels = dict(sleep_levels or {})
         self._request_timeouts = dict(request_timeouts or {})
@@ -131,6 +135,8 @@ class ModelSwitcher:
             lambda model: self._estimates.of(model, self._sleep_level(model)),
             clock,
         )
+        self.reloader = Reloader(self)
+        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self.reloader.has_settled)
         reference = weakref.ref(self)
         self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0
@@ -151,43 +157,33 @@ class ModelSwitcher:
 
         `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
         """
-        config = with_ports(config)
+        given, config = config, with_ports(config)
         if memory is None and config.memory.check == "nvml":
             memory = NvmlGauge(config.memory.device)
-        levels = {name: model.sleep_level for name, model in config.models.items() if model.sleep_level is not None}
+        keeps_policy = policy is not None
         if policy is None:
             policy = build_policy(config.policy)
-        return cls(
-            {
-                name: build_backend(
-                    name, model, sleep_level=levels.get(name, policy.sleep_level), freezes=config.policy.drain == "preempt"
-                )
-                for name, model in config.models.items()
-            },
+        servers = build_servers(config, policy)
+        settings = Settings.of(config)
+        switcher = cls(
+            {name: server.backend for name, server in servers.items()},
             policy,
-            aliases=config.aliases,
-            sleep_levels=levels,
-            request_timeouts={
-                name: model.timeouts.request for name, model in config.models.items() if model.timeouts.request is not None
-            },
+            sleep_levels=settings.sleep_levels,
             memory=memory,
             memory_settle=config.memory.settle,
             costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
             estimates=config.policy.estimates,
-            priorities=config.priorities,
-            default_priorities={name: model.priority for name, model in config.models.items() if model.priority is not None},
-            max_waiting=config.limits.max_waiting,
-            queue_limits={name: model.max_waiting for name, model in config.models.items() if model.max_waiting is not None},
-            backoff=(config.limits.backoff_initial, config.limits.backoff_max),
             telemetry=telemetry,
         )
+        switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
+        return switcher
 
     # Leases
 
     @property
     def models(self) -> tuple[str, ...]:
         """The names of the models, in the order of the configuration."""
-        return self._servers.models
+        return self._models
 
     def resolve(self, name: str) -> str | None:
         """Return the model that `name` (a model's name or an alias) stands for, `None` if there is none."""
@@ -252,6 +248,8 @@ class ModelSwitcher:
         waiter = Waiter(name, self._clock(), head_start)
         self._state.enqueue(waiter)
         self._driver.wake()
+        if self._state.is_shut(name):
+            self._turnover.wake()
         try:
             with anyio.move_on_after(timeout):
                 await waiter.event.wait()
@@ -263,7 +261,7 @@ class ModelSwitcher:
             return Lease(self, waiter.activation or self._room.activation, name, waited, waiter.switch, head_start)
         if waiter.error is not None:
             raise waiter.error()
-        reason, pause = self._state.describe(), self._next_turn_in(name)
+        reason, pause = self._turnover.describe(name) or self._state.describe(), self._next_turn_in(name)
         self._room.withdraw(waiter)
         raise QueueTimeoutError(name, waited, reason, retry_after=pause)
 
@@ -274,12 +272,16 @@ class ModelSwitcher:
     @property
     def max_frozen(self) -> float:
         """The longest time in seconds that a request may be frozen; 0.0 if the policy does not preempt."""
-        policy = self._policy
+        return self.max_frozen_with(None)
+
+    def max_frozen_with(self, policy: SwitchPolicy | None) -> float:
+        """The same for another policy; `None`: the present one."""
+        policy = policy or self._policy
         return policy.max_frozen if isinstance(policy, DrainingPolicy) and policy.drain == "preempt" else 0.0
 
     def statistics(self) -> SwitcherStatistics:
         """Return a frozen snapshot of what the pool is doing."""
-        return self._operations.statistics()
+        return replace(self._operations.statistics(), unsettled=self._turnover.unsettled)
 
     # What an operator may do
 
@@ -341,6 +343,19 @@ class ModelSwitcher:
         self._operations.drain(draining=False)
         self._refusing = self._closers > 0
 
+    # Another configuration
+
+    async def reload(self, config: ConfigSource) -> ReloadReport:
+        """Go by another configuration from now on, without losing a request. Returns what has changed.
+
+        Raises `ConfigError` if it cannot be used, or not without a restart, and `BackendUnsupportedError` if it has `drain:
+        preempt` and a server that answers cannot freeze its requests: nothing has changed then. Servers that are replaced or
+        removed are put to sleep when their requests are over, after this has returned: see `statistics().unsettled`.
+        """
+        plan = self.reloader.plan(load_config(config))
+        await self.reloader.check(plan)
+        return self.reloader.adopt(plan)
+
     # What the servers say
 
     def distrust(self) -> None:
@@ -362,7 +377,7 @@ class ModelSwitcher:
 
     async def require_freezing(self) -> None:
         """Raise `BackendUnsupportedError` if a server that answers cannot keep its requests while it sleeps."""
-        for model in self.models:
+        for model in self._servers.models:
             with suppress(BackendUnreachableError, BackendTimeoutError):
                 await self._servers.require_freezing(model)
 
@@ -406,11 +421,11 @@ class ModelSwitcher:
         self._closers += 1
         self._refusing = self._servers.closing = True
         try:
-            self._room.refuse_all(CLOSING)
+            self._room.close(CLOSING)
             self._driver.refuse_orders(CLOSING)
             try:
                 with anyio.move_on_after(drain):
-                    while any(self._state.in_flight(model) for model in self.models):
+                    while any(self._state.in_flight(model) for model in self._state.models):
                         await self._room.until_release()
                 if self._room.activation.leases:
                     self._room.activation.interrupted = True
@@ -422,6 +437,7 @@ class ModelSwitcher:
                 self._state.distrust()
             if self._driver.driving:
                 await self._driver.stopped.wait()
+            await self._turnover.stop()
             async with self._driver.exclusively():
                 self._state.distrust()
                 await self._servers.aclose()

@@ -23,7 +23,7 @@ MODULES = sorted(
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
     ["exceptions", "config._values", "config._access", "config._metrics", "config._parameters", "config._models", "_estimates"],
-    ["config._load"],
+    ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],
     ["policy._base"],
@@ -85,7 +85,7 @@ LAYERS = [
         "backends",
     ],
     ["_orders", "_journal", "_record", "_lease", "_decision", "_servers", "_steps", "_room", "_reconcile", "_driver"],
-    ["_operations", "_proxy", "switcher"],
+    ["_operations", "_turnover", "_reload", "_proxy", "switcher"],
     ["_responses"],
     ["middleware"],
     ["_realtime"],
@@ -106,7 +106,15 @@ LAYERS = [
     ["cli"],
 ]
 POLICIES = sorted(f"policy/{path.stem}" for path in (PACKAGE / "policy").glob("*.py"))
-CONFIG = ["config/__init__", "config/_values", "config/_access", "config/_metrics", "config/_models", "config/_load"]
+CONFIG = [
+    "config/__init__",
+    "config/_values",
+    "config/_access",
+    "config/_metrics",
+    "config/_models",
+    "config/_load",
+    "config/_changes",
+]
 ACCESS = ["access/_identity", "access/_limits", "access/_usage", "access/_credentials"]
 PURE = [
     "exceptions",

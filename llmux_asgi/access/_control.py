@@ -61,8 +61,7 @@ class AccessControl:
         self._resolve = resolve
         self._identify = identify
         self._clock = clock
-        access = access or AccessConfig()
-        self._ring = KeyRing("access.keys", access.keys, access.keys_file, lambda path: load_keys(path, config))
+        self._ring = _ring(config)
         self._head_starts = config.priorities
         self._accounts: dict[tuple[str, str], Account] = {}
         self._most_accounts = _MOST_ACCOUNTS
@@ -70,6 +69,18 @@ class AccessControl:
     def reload(self) -> None:
         """Read all keys anew. Raises `ConfigError`, and goes on with those that it had."""
         self._ring.reload()
+
+    def prepare(self, config: Config) -> Callable[[], None]:
+        """Read the keys of another configuration. Raises `ConfigError`. What is returned changes over to them.
+
+        What clients have used of their limits stays used.
+        """
+        ring = _ring(config)
+
+        def change_over() -> None:
+            self._ring, self._head_starts = ring, config.priorities
+
+        return change_over
 
     def knows(self, key: str) -> bool:
         """Say whether it is a client's key."""
@@ -121,6 +132,11 @@ class AccessControl:
         elif account.identity is not identity and account.identity != identity:
             account.update(identity, now)
         return account
+
+
+def _ring(config: Config) -> KeyRing:
+    access = config.access or AccessConfig()
+    return KeyRing("access.keys", access.keys, access.keys_file, lambda path: load_keys(path, config))
 
 
 class Grant:

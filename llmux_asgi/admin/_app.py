@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -50,6 +51,15 @@ class AdminApp:
         self._router = Router(AdminApi(gateway, self._streams).routes(), redirect_slashes=False, default=_not_found)
         limits = gateway.config.limits
         self._intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
+
+    def prepare(self, config: AdminConfig) -> Callable[[], None]:
+        """Read the keys of another configuration. Raises `ConfigError`. What is returned changes over to them."""
+        ring = KeyRing("admin.keys", config.keys)
+
+        def change_over() -> None:
+            self._ring = ring
+
+        return change_over
 
     def reload_keys(self) -> None:
         """Read the keys anew. Raises `ConfigError`, and goes on with those that it had."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._build import api_key_of, build_backend, with_ports
-from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, StoppableBackend
+from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, StoppableBackend, TunableBackend
 from .hooks import HooksBackend
 from .llamacpp import LlamaCppBackend
 from .managed import ManagedBackend
@@ -24,6 +24,7 @@ __all__ = [
     "ProbedBackend",
     "SGLangBackend",
     "StoppableBackend",
+    "TunableBackend",
     "VLLMBackend",
     "api_key_of",
     "build_backend",

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ..config import Config, ModelConfig, read_secret
+from ..config import Config, ModelConfig, read_secret, server_part
 from ._protocol import Backend
 from .hooks import HooksBackend
 from .llamacpp import LlamaCppBackend
@@ -21,19 +21,25 @@ from .vllm import VLLMBackend
 __all__ = ["api_key_of", "build_backend", "with_ports"]
 
 
-def with_ports(config: Config) -> Config:
-    """Return `config` with a free port of 127.0.0.1 for each command that has no URL. It keeps that for good."""
-    taken = {urlsplit(model.url).port for model in config.models.values() if model.url}
+def with_ports(config: Config, before: Config | None = None) -> Config:
+    """Return `config` with a free port of 127.0.0.1 for each command that has no URL.
 
-    def with_port(model: ModelConfig) -> ModelConfig:
+    A command keeps the port that it had `before`, if it is still the same.
+    """
+    old = before.models if before is not None else {}
+    taken = {urlsplit(model.url).port for model in (*config.models.values(), *old.values()) if model.url}
+
+    def with_port(name: str, model: ModelConfig) -> ModelConfig:
         if model.url:
             return model
+        if name in old and server_part(name, msgspec.structs.replace(old[name], url=None)) == server_part(name, model):
+            return msgspec.structs.replace(model, url=old[name].url)
         while (port := free_port()) in taken:
             pass
         taken.add(port)
         return msgspec.structs.replace(model, url=f"http://127.0.0.1:{port}")
 
-    models = {name: with_port(model) for name, model in config.models.items()}
+    models = {name: with_port(name, model) for name, model in config.models.items()}
     return msgspec.structs.replace(config, models=models)
 
 

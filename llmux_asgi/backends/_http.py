@@ -32,6 +32,10 @@ class ControlClient:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key is not None else {}
         self._client: httpx.AsyncClient | None = None
 
+    def retune(self, timeouts: TimeoutsConfig) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+
     async def aclose(self) -> None:
         """Close the HTTP client; the next call opens a new one."""
         client, self._client = self._client, None

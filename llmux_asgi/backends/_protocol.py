@@ -5,7 +5,9 @@ from __future__ import annotations
 import enum
 from typing import Protocol, runtime_checkable
 
-__all__ = ["STOP_LEVEL", "Backend", "BackendState", "FreezingBackend", "StoppableBackend"]
+from ..config import TimeoutsConfig
+
+__all__ = ["STOP_LEVEL", "Backend", "BackendState", "FreezingBackend", "StoppableBackend", "TunableBackend"]
 
 STOP_LEVEL = 3
 """The sleep level that ends the server's process."""
@@ -63,6 +65,15 @@ class StoppableBackend(Backend, Protocol):
 
     async def stop(self) -> None:
         """End the process and all that it has started. Returns once they are gone. May be called again."""
+        ...
+
+
+@runtime_checkable
+class TunableBackend(Backend, Protocol):
+    """A server whose time limits may change while it is used."""
+
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on. `freezes`: its requests have to survive its sleep."""
         ...
 
 

@@ -79,6 +79,10 @@ class HooksBackend:
             f"{self.url}: the hook 'alive' did not say awake within {self._timeouts.wake:.3g} s of the wake: {last}"
         )
 
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+
     async def aclose(self) -> None:
         """Do nothing: no connection is kept."""
 

@@ -20,7 +20,7 @@ from ..exceptions import (
     BackendUnsupportedError,
 )
 from ._http import POLL_FIRST, POLL_LONGEST
-from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend
+from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, TunableBackend
 
 __all__ = ["ManagedBackend", "free_port"]
 
@@ -136,6 +136,13 @@ class ManagedBackend:
         self._stops += 1
         await self._process.stop()
         await self._server.aclose()
+
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+        self._process.grace = timeouts.stop
+        if isinstance(self._server, TunableBackend):
+            self._server.retune(timeouts, freezes=freezes)
 
     async def aclose(self) -> None:
         """End the process and close connections."""

@@ -89,6 +89,11 @@ class OllamaBackend:
                 await anyio.sleep(pause)
                 pause = min(2 * pause, POLL_LONGEST)
 
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+        self._client.retune(timeouts)
+
     async def aclose(self) -> None:
         """Close the HTTP client; the next call opens a new one."""
         await self._client.aclose()

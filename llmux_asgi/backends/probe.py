@@ -10,7 +10,7 @@ import msgspec
 from ..config import TimeoutsConfig
 from ..exceptions import BackendError, BackendUnsupportedError
 from ._http import ControlClient, limit
-from ._protocol import Backend, BackendState, FreezingBackend
+from ._protocol import Backend, BackendState, FreezingBackend, TunableBackend
 
 __all__ = ["FINGERPRINT_TOKENS", "ProbedBackend", "say"]
 
@@ -106,6 +106,13 @@ class ProbedBackend:
                 f"{self}: the model does not answer as it did before it slept: its weights have not come back. It said "
                 f"{said[:60]!r} instead of {self._fingerprint[:60]!r}."
             )
+
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+        self._client.retune(timeouts)
+        if isinstance(self._server, TunableBackend):
+            self._server.retune(timeouts, freezes=freezes)
 
     async def aclose(self) -> None:
         """Close connections."""

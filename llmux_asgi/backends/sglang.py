@@ -140,6 +140,11 @@ class SGLangBackend:
                 pause = min(2 * pause, POLL_LONGEST)
         raise BackendTimeoutError(f"{self.url}: the woken model was not healthy within {self._timeouts.wake:.3g} s: {last}")
 
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on."""
+        self._timeouts = timeouts
+        self._client.retune(timeouts)
+
     async def aclose(self) -> None:
         """Close the HTTP client; the next call opens a new one."""
         await self._client.aclose()

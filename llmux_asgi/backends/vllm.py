@@ -169,6 +169,12 @@ class VLLMBackend:
                 pause = min(2 * pause, POLL_LONGEST)
         self._level, self._half_woken = None, False
 
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        """Go by other time limits from the next call on; with `freezes` its requests have to survive its sleep."""
+        self._timeouts = timeouts
+        self._client.retune(timeouts)
+        self._freezes = freezes
+
     async def aclose(self) -> None:
         """Close the HTTP client; the next call opens a new one."""
         await self._client.aclose()

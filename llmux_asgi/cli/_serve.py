@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import errno
 import logging
@@ -27,6 +28,8 @@ from ._app import FAILED, UNUSABLE, app, fail
 
 __all__ = ["Server", "ready_line", "serve"]
 
+logger = logging.getLogger(__name__)
+
 _MARGIN = 5.0
 """Seconds that connections have beyond `limits.shutdown`: for the errors that aborted requests end with."""
 
@@ -50,7 +53,10 @@ def serve(
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, to standard error.")] = LogLevel.INFO,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
 ) -> None:
-    """Run the gateway. Says in one line where it listens; SIGTERM and SIGINT end it in order, with exit status 0."""
+    """Run the gateway. Says in one line where it listens.
+
+    SIGTERM and SIGINT end it in order, with exit status 0. SIGHUP reads the configuration anew.
+    """
     prefix = prefix.rstrip("/")
     if prefix and not prefix.startswith("/"):
         fail(f"serve: --prefix {prefix}: it begins with a slash", UNUSABLE)
@@ -100,7 +106,8 @@ class Server(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         with self.told_to_stop():
             async with self._gateway.lifespan():
-                await super().serve(sockets)
+                with self.told_to_reload():
+                    await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -135,6 +142,36 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def told_to_reload(self) -> Iterator[None]:
+        """Take SIGHUP, where there is one, for the wish to read the configuration anew."""
+        if (number := getattr(signal, "SIGHUP", None)) is None:
+            yield
+            return
+        loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+
+        def reload() -> None:
+            task = loop.create_task(self.reload())
+            tasks.add(task)  # asyncio keeps only weak references
+            task.add_done_callback(tasks.discard)
+
+        loop.add_signal_handler(number, reload)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(number)
+            for task in tasks:
+                task.cancel()
+
+    async def reload(self) -> None:
+        """Read the configuration anew; one that cannot be used is logged, and nothing changes."""
+        try:
+            await self._gateway.reload()
+        except LLMuxError as error:
+            logger.error("the configuration was not read anew, that of before stays valid: %s", error)
+        else:
+            self.config.timeout_graceful_shutdown = int(self._gateway.config.limits.shutdown + _MARGIN)
 
 
 def _set_up_logging(level: LogLevel) -> None:

@@ -29,6 +29,7 @@ from ._access import (
     is_token,
     read_secret,
 )
+from ._changes import SERVER_KEYS, ReloadReport, changes, server_part, server_place
 from ._load import ConfigSource, json_schema, load_config, load_keys
 from ._metrics import MetricsConfig
 from ._models import (
@@ -49,6 +50,7 @@ from ._parameters import ModelParametersConfig, ParametersConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "SERVER_KEYS",
     "AccessConfig",
     "AdminConfig",
     "AdminKeyConfig",
@@ -67,13 +69,17 @@ __all__ = [
     "ParametersConfig",
     "PolicyConfig",
     "PolicyName",
+    "ReloadReport",
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "changes",
     "is_hash",
     "is_token",
     "json_schema",
     "load_config",
     "load_keys",
     "read_secret",
+    "server_part",
+    "server_place",
 ]

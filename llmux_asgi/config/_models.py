@@ -19,6 +19,7 @@ from ._values import ValueConfigError as _ValueConfigError
 
 __all__ = [
     "POLICY_PARAMETERS",
+    "ROUTERS",
     "Config",
     "CostsConfig",
     "DrainMode",
@@ -54,7 +55,7 @@ POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
 }
 """The settings that only some policies have."""
 
-_ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
+ROUTERS: tuple[ServerKind, ...] = ("llama.cpp", "ollama")
 """Kinds of servers of which one serves several models."""
 
 
@@ -348,7 +349,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if model.url is None:
                 continue
             # The servers of some kinds have several models, each with a name of its own.
-            inside = (model.served_name or name) if model.server in _ROUTERS else ""
+            inside = (model.served_name or name) if model.server in ROUTERS else ""
             if (other := servers.setdefault((model.url.rstrip("/"), inside), name)) != name:
                 raise _ValueConfigError(f"models.{name}.url", f"{model.url!r} already is the server of the model {other!r}")
         if self.policy.sleep_level == 3:

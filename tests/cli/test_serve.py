@@ -21,6 +21,7 @@ from llmux_asgi import LLMuxApp, cli
 from llmux_asgi.access import hash_key
 from llmux_asgi.cli import _serve, app
 from llmux_asgi.sim import SimProcess, start_sim
+from tests.support.eventually import eventually
 
 
 @contextmanager
@@ -82,6 +83,30 @@ def test_it_serves_below_its_prefix_and_a_signal_gives_running_answers_their_tim
         assert out == b""
         assert b"Traceback" not in log
         assert b"/llm/v1" not in log  # no access log unless it is asked for
+
+
+def test_a_hangup_reads_the_configuration_anew_and_a_bad_one_is_logged(sim: SimProcess, tmp_path: Path) -> None:
+    config = tmp_path / "llmux.json"
+    config.write_text(json.dumps({"models": {"qwen": {"url": sim.url}}}))
+
+    def models() -> list[str]:
+        return [model["id"] for model in client.get("/models").json()["data"]]
+
+    with served(str(config), "--port", "0") as (url, process), httpx.Client(base_url=url) as client:
+        body = {"model": "qwen", "prompt": "one two", "max_tokens": 40, "stream": True}
+        with client.stream("POST", "/completions", json=body) as running:
+            config.write_text(json.dumps({"models": {"llama": {"url": sim.url, "served_name": "qwen"}}}))
+            process.send_signal(signal.SIGHUP)
+            eventually("it goes by the new one", lambda: models() == ["llama"])
+            assert list(running.iter_lines())[-2:] == ["data: [DONE]", ""]
+        assert client.post("/completions", json={**body, "model": "llama"}).status_code == 200
+        config.write_text("{")
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=20)[1].decode()
+        assert process.returncode == 0, log
+    assert "added ['llama'], changed [], removed ['qwen']" in log
+    assert "the configuration was not read anew, that of before stays valid" in log
 
 
 def test_a_configuration_that_cannot_be_used_is_one_line_and_status_2(tmp_path: Path) -> None:

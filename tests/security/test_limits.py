@@ -174,4 +174,4 @@ def test_the_limits_are_those_of_the_configuration() -> None:
     limits = {"max_body": 5, "max_headers": 2000, "max_buffered": 7, "body_timeout": 8, "write_timeout": 9}
     llm = LLMuxApp({"models": {"a": {"url": "http://127.0.0.1:9"}}, "limits": limits})
     assert (llm._inference.max_body, llm._inference.intake) == (5, Intake(2000, 8, 7))
-    assert llm._proxy._write_timeout == 9
+    assert llm._proxy.write_timeout == 9

@@ -27,6 +27,7 @@ class Request:
     error: LLMuxError | None = None
     interrupted: bool = False
     lease: Lease | None = None
+    server: str = ""
 
 
 class Pool:

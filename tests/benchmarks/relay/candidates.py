@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.benchmarks.relay.environment import ROUTER_VERSION, nginx, vllm_router
+from tests.benchmarks.relay.environment import ROUTER_VERSION, nginx, users_python, vllm_router
 from tests.benchmarks.relay.processes import free_port
 
 __all__ = ["CANDIDATES", "Candidate", "Place"]
@@ -79,7 +78,7 @@ def _router(place: Place) -> list[str]:
 
 def _app(name: str) -> Callable[[Place], list[str]]:
     module = "tests.benchmarks.relay.serve"
-    return lambda place: [sys.executable, "-m", module, name, str(place.port), str(place.upstream)]
+    return lambda place: [users_python(), "-m", module, name, str(place.port), str(place.upstream)]
 
 
 _ALL = (
