@@ -149,7 +149,8 @@ class Driver:
                         await self._room.changed.wait()
             elif self._orders:
                 async with self.exclusively():
-                    await self._carry_out(self._orders.popleft())
+                    if self._orders:  # they may have been refused while the lock was awaited
+                        await self._carry_out(self._orders.popleft())
             elif (target := self._decider.choose()) is not None:
                 async with self.exclusively():
                     await self._switch(target)
@@ -167,7 +168,7 @@ class Driver:
             if self._servers.closing:
                 raise OperationError(CLOSING)
             if model == state.active:
-                if order.kind is not OrderKind.IDLE or not (state.in_flight(model) or state.waiting_models() or state.held):
+                if order.is_due(model):
                     await self._switch(None, order)
             elif order.kind is OrderKind.STOP:
                 await self._stop_sleeper(model)
@@ -250,8 +251,11 @@ class Driver:
             span.set_attribute(names.SWITCH_OUTCOME, outcome)
             duration = self.records.end(outcome, served=served, longest_wait=longest_wait)
             if outcome == "completed":
-                text = "switched from %r to %r in %.3f s; %d requests waited for it"
-                logger.info(text, origin, to, duration, served)
+                if to is None:
+                    logger.info("put %r to sleep in %.3f s", origin, duration)
+                else:
+                    text = "switched from %r to %r in %.3f s; %d requests waited for it"
+                    logger.info(text, origin, to, duration, served)
                 self._save_estimates()
             self._telemetry.switched(origin, to, outcome, duration, error)
 
@@ -312,7 +316,7 @@ class Driver:
                     raise error
             finally:
                 self._room.give_up = None
-        if scope.cancel_called or (order is not None and order.kind is OrderKind.IDLE and self._state.waiting_models()):
+        if scope.cancel_called or (order is not None and not order.is_due(order.model)):
             return False
         return self._state.commit()
 

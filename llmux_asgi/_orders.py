@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import anyio
 from opentelemetry import context as otel_context
+from opentelemetry.context import Context
 
 __all__ = ["Order", "OrderKind"]
 
@@ -18,17 +20,19 @@ class OrderKind(enum.Enum):
     STOP = "stop"
     """The same, and end its process; also if it sleeps already."""
     IDLE = "idle"
-    """Put the model to sleep, if nobody has come meanwhile."""
+    """Put the model to sleep because nobody has asked for it, unless somebody has meanwhile."""
 
 
 class Order:
     """One of it. It is carried out whether the one who gave it stays or leaves."""
 
-    def __init__(self, kind: OrderKind, model: str) -> None:
+    def __init__(self, kind: OrderKind, model: str, is_due: Callable[[str], bool] = lambda model: True) -> None:
         self.kind = kind
         self.model = model
-        self.context = otel_context.get_current()
-        """The trace of whoever gave it."""
+        self.is_due = is_due
+        """Asked right before it is carried out, and again before the point of no return."""
+        self.context = Context() if kind is OrderKind.IDLE else otel_context.get_current()
+        """The trace of whoever gave it, if it was somebody."""
         self.error: Exception | None = None
         self.done = anyio.Event()
 

@@ -32,6 +32,7 @@ class Settings:
     priorities: Priorities
     limits: QueueLimits
     backoff: tuple[float, float]
+    ttls: Mapping[str, float]
 
     @classmethod
     def of(cls, config: Config) -> Settings:
@@ -49,6 +50,7 @@ class Settings:
                 {name: model.max_waiting for name, model in models if model.max_waiting is not None},
             ),
             backoff=(config.limits.backoff_initial, config.limits.backoff_max),
+            ttls={name: model.ttl for name, model in models if model.ttl is not None},
         )
 
 
@@ -185,3 +187,4 @@ class Reloader:
         switcher._request_timeouts = dict(settings.request_timeouts)
         switcher._priorities, switcher._limits = settings.priorities, settings.limits
         switcher._backoff.set_pauses(*settings.backoff)
+        switcher._idle.use(settings.ttls)

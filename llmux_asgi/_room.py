@@ -41,6 +41,8 @@ class WaitingRoom:
         """Cancelled when nobody waits for the target any more, as long as the switch can be given up."""
         self.drop_deferral: Callable[[str], None] = lambda model: None
         """Called when a deferral of the model has become pointless."""
+        self.settled: Callable[[], None] = lambda: None
+        """Called after every settled transition."""
 
     def release(self, model: str, head_start: float, *, frozen: bool = False) -> None:
         """Count a request out, which may have been frozen."""
@@ -147,6 +149,7 @@ class WaitingRoom:
         """Tell those whose tickets were granted, and by which switch if it was one. Called after every settled transition."""
         self.shares.note(self._clock())
         self.look_again()
+        self.settled()
         for ticket in granted:
             waiter = cast("Waiter", ticket)
             waiter.activation, waiter.switch = self.activation, switch

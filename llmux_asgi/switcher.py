@@ -11,7 +11,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 
@@ -23,6 +23,8 @@ from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
 from ._forecast import next_turn_in
+from ._idle import IdleSleep
+from ._inquiry import Inquiry
 from ._journal import Journal
 from ._lease import Lease, Waiter
 from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
@@ -30,15 +32,11 @@ from ._operations import Operations
 from ._reload import Reloader, Settings, build_servers
 from ._room import WaitingRoom
 from ._servers import Servers
-from ._spawn import spawn
-from ._state import Mode, SwitcherState, SwitcherStatistics, TicketStatus
+from ._state import SwitcherState, SwitcherStatistics, TicketStatus
 from ._turnover import Turnover
-from .backends import Backend, BackendState, with_ports
+from .backends import Backend, with_ports
 from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
-    BackendError,
-    BackendTimeoutError,
-    BackendUnreachableError,
     DrainingError,
     LLMuxError,
     QueueTimeoutError,
@@ -66,7 +64,8 @@ class ModelSwitcher:
 
     `priorities` are the priority classes with their head starts in seconds, `default_priorities` the class of a model's
     requests, by model. `max_waiting` is how many requests may wait for all models together (`None`: no limit), `queue_limits`
-    how many by model. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
+    how many by model. `ttls` is after how many seconds without a request a model is put to
+    sleep, by model; it stays awake without one. `clock` gives monotonic seconds. `journal` gets an entry for whatever happens.
     """
 
     def __init__(
@@ -84,6 +83,7 @@ class ModelSwitcher:
         estimates: str | os.PathLike[str] | None = None,
         priorities: Mapping[str, float] | None = None,
         default_priorities: Mapping[str, str] | None = None,
+        ttls: Mapping[str, float] | None = None,
         max_waiting: int | None = 1000,
         queue_limits: Mapping[str, int] | None = None,
         telemetry: Telemetry | None = None,
@@ -135,6 +135,9 @@ class ModelSwitcher:
             lambda model: self._estimates.of(model, self._sleep_level(model)),
             clock,
         )
+        self._inquiry = Inquiry(self._room, self._servers, self._driver, self.journal)
+        self._idle = IdleSleep(ttls or {}, self._state, clock, self._driver.order)
+        self._room.settled = self._idle.watch
         self.reloader = Reloader(self)
         self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self.reloader.has_settled)
         reference = weakref.ref(self)
@@ -360,51 +363,25 @@ class ModelSwitcher:
 
     def distrust(self) -> None:
         """Have every server asked for its state before the next request is admitted, because something went wrong."""
-        self._state.distrust()
-        self._room.changed.set()
+        self._inquiry.distrust()
 
     async def reconcile(self) -> None:
         """Ask every server for its state and adopt it. The first request does this by itself.
 
         A caller that is cancelled leaves; the steps that this takes run to their end.
         """
-
-        async def run() -> None:
-            self.distrust()
-            await self._driver.reconcile()
-
-        await self._in_its_own_task(run)
+        await self._inquiry.reconcile()
 
     async def require_freezing(self) -> None:
         """Raise `BackendUnsupportedError` if a server that answers cannot keep its requests while it sleeps."""
-        for model in self._servers.models:
-            with suppress(BackendUnreachableError, BackendTimeoutError):
-                await self._servers.require_freezing(model)
+        await self._inquiry.require_freezing()
 
     async def check(self) -> None:
         """Ask the active model's server how it is. If it is not awake, ask all of them, and adopt what they say.
 
         One that takes too long to answer is taken to be busy.
         """
-
-        async def run() -> None:
-            model = self._state.active
-            if model is None or self._state.mode is not Mode.ACTIVE:
-                return
-            try:
-                if await self._servers.look(model) is BackendState.AWAKE:
-                    return
-                what = f"the server of the active model {model!r} is not awake any more"
-            except BackendTimeoutError:
-                return
-            except BackendError as exc:
-                what = f"the server of the active model {model!r} does not say that it is awake: {exc}"
-            logger.warning("%s", what)
-            self.journal.error(model, "BackendError", what)
-            self.distrust()
-            await self._driver.reconcile()
-
-        await self._in_its_own_task(run)
+        await self._inquiry.check()
 
     async def preload(self, models: Iterable[str]) -> None:
         """Make each of `models` active once, the last one for good. A failure is logged, as that of any switch."""
@@ -421,6 +398,7 @@ class ModelSwitcher:
         self._closers += 1
         self._refusing = self._servers.closing = True
         try:
+            self._idle.stop()
             self._room.close(CLOSING)
             self._driver.refuse_orders(CLOSING)
             try:
@@ -440,6 +418,7 @@ class ModelSwitcher:
             await self._turnover.stop()
             async with self._driver.exclusively():
                 self._state.distrust()
+                self._idle.stop()
                 await self._servers.aclose()
             if self._estimates_file is not None:
                 await self._estimates_file.wait(1.0)
@@ -449,22 +428,6 @@ class ModelSwitcher:
             self._refusing = self._servers.closing or self.draining
         if not self._closers:
             self._driver.forget_the_loop()
-
-    async def _in_its_own_task(self, function: Callable[[], Awaitable[None]]) -> None:
-        done = anyio.Event()
-
-        async def run() -> None:
-            try:
-                async with self._driver.exclusively():
-                    await function()
-            except Exception as exc:
-                logger.exception("reconciling met an unexpected error")
-                self._room.refuse_all(f"unexpected error: {exc!r}")
-            finally:
-                done.set()
-
-        spawn(run, "llmux_asgi inquiry")
-        await done.wait()
 
     def _save_estimates(self) -> None:
         if self._estimates_file is not None:

@@ -36,6 +36,7 @@ FULL: dict[str, Any] = {
             "served_name": "Qwen/Qwen3-14B",
             "aliases": ["gpt-4o", "best"],
             "sleep_level": 2,
+            "ttl": 600,
             "timeouts": {"request": 10, "connect": 1, "probe": 2.5, "sleep": 30, "wake": 60, "read": None},
             "costs": {"sleep": 1.5, "wake": 8},
             "priority": "batch",

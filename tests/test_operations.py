@@ -114,9 +114,9 @@ async def test_a_sleep_that_is_ordered_during_a_switch_comes_after_it() -> None:
         first, second = Call(run, lambda: pool.switcher.sleep("a")), Call(run, lambda: pool.switcher.sleep("b"))
         gate.open.set()
         await request.granted.wait()
-        await first.done.wait()
         await until_phase(pool, Phase.DRAIN)
         request.finish.set()
+        await first.done.wait()
         await second.done.wait()
         assert (first.error, second.error, request.interrupted) == (None, None, False)
     assert pool.gpu.events == ["sleep a", "asleep a", "wake b", "awake b", "sleep b", "asleep b"]
@@ -225,6 +225,21 @@ async def test_closing_gives_up_a_sleep_that_waits_for_requests() -> None:
             assert isinstance(call.error, OperationError)
         request.finish.set()
     assert pool.gpu.events == []
+
+
+async def test_an_order_that_is_refused_while_the_lock_is_awaited_is_not_missed_afterwards() -> None:
+    pool = Pool(awake="a")
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        lock = pool.switcher._driver.exclusively()
+        async with lock:
+            call = Call(run, lambda: pool.switcher.sleep("a"))
+            while not lock.statistics().tasks_waiting:
+                await anyio.lowlevel.checkpoint()
+            run._tasks.start_soon(pool.switcher.aclose)
+            await call.done.wait()
+        assert isinstance(call.error, OperationError)
+    assert pool.switcher.statistics().errors == ()
 
 
 # Stop

@@ -125,6 +125,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         SleepLevel | None,
         Meta(description="1: weights kept in CPU memory, 2: discarded and reloaded, 3: process stopped; null: the policy's."),
     ] = None
+    ttl: Annotated[
+        PositiveSeconds | None, Meta(description="Time without a request after which it is put to sleep; null: never.")
+    ] = None
     retry: Annotated[
         bool, Meta(description="Send a request once more if its server broke down before it had begun to answer.")
     ] = False

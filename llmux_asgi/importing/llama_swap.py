@@ -101,6 +101,7 @@ class _Model:
             **kind,
             **self._names(served),
             **self._parameters(),
+            **self._ttl(),
             **({"sleep_level": level} if level else {}),
             **self._timeouts(loads="start", wakes_by_loading=command.kind == "llama.cpp", container=command.container),
         }
@@ -122,6 +123,7 @@ class _Model:
             "hooks": hooks,
             **self._names(self._text("useModelName")),
             **self._parameters(),
+            **self._ttl(),
             **self._timeouts(loads="wake", wakes_by_loading=True),
         }
 
@@ -222,6 +224,11 @@ class _Model:
             case dict():
                 return {str(name): self._values(each, where) for name, each in value.items()}
         return value
+
+    def _ttl(self) -> dict[str, Any]:
+        own = number_at(self.model, "ttl", self.where)
+        ttl = number_at(self.raw, "globalTTL") if own is None or own < 0 else own
+        return {"ttl": ttl} if ttl and ttl > 0 else {}
 
     def _env(self) -> dict[str, str]:
         env: dict[str, str] = {}

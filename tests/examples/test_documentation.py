@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shlex
@@ -136,21 +135,40 @@ def test_the_commands_of_the_admin_page_work(tmp_path: Path, sims: list[SimProce
     assert not llm.switcher.draining
 
 
-def test_the_commands_of_the_simulated_server_have_these_options() -> None:
-    shown = {
-        line
-        for page in PAGES
-        for block in blocks(page, "sh")
-        for line in block.splitlines()
-        if line.startswith("llmux-asgi sim-vllm --name")
-    }
-    assert len(shown) == 2
-    for line in shown:
-        # `--help` behind them is enough to have the options parsed and no server started.
-        result = CliRunner().invoke(cli.app, [*shlex.split(line)[1:], "--help"])
-        assert result.exit_code == 0, result.output
-        known = inspect.signature(cli.sim_vllm).parameters
-        assert {option[2:].replace("-", "_") for option in re.findall(r"--[a-z-]+", line)} <= set(known)
+def shown_commands() -> list[tuple[str, str]]:
+    """Each command line of `llmux-asgi` in the pages, with the name of its page."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```sh(?: [^\n]*)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line) for line in lines if line.startswith("llmux-asgi ")]
+    return found
+
+
+def test_the_commands_of_the_pages_have_these_options() -> None:
+    shown = shown_commands()
+    assert {line.split()[1] for _, line in shown} >= {"check", "import", "init", "serve", "sim-vllm", "simulate", "validate"}
+    for page, line in shown:
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        # `--help` behind them is enough to have the options parsed, and nothing done.
+        result = CliRunner().invoke(cli.app, [*words[1:], "--help"])
+        assert result.exit_code == 0, f"{page}: {line}\n{result.output}"
+
+
+def test_the_make_targets_of_the_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)) <= targets, page.name
+    told = set(re.findall(r"(?:^|`)make ([a-z-]+)", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE))
+    assert targets - told - {"help"} == set()
+
+
+@pytest.mark.parametrize("name", ["choosing-a-policy", "policies", "preemption", "sleep-levels"])
+def test_what_a_page_says_of_the_configuration_can_be_configured(name: str) -> None:
+    found = blocks(ROOT / "docs" / f"{name}.md", "yaml")
+    assert found
+    for block in found:
+        load_config({"models": {"qwen": {"url": "http://127.0.0.1:8001"}}, **yaml.safe_load(block)})
 
 
 # Tables
@@ -206,6 +224,7 @@ def test_the_table_of_the_configuration_is_complete_and_has_the_right_defaults()
                 "shutdown",
                 "settle",
                 "linger",
+                "ttl",
                 "max_wait",
                 "heartbeat",
                 "max_frozen",

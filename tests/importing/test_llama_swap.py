@@ -48,6 +48,17 @@ def test_the_model_with_everything() -> None:
     assert (timeouts.connect, timeouts.read, timeouts.start, timeouts.wake, timeouts.stop) == (7, 45, 400, 400, 5)
 
 
+@pytest.mark.parametrize(
+    ("ttl", "global_ttl", "ours"),
+    [(60, None, 60), (60, 600, 60), (None, 600, 600), (-1, 600, 600), (0, 600, None), (None, 0, None), (None, None, None)],
+)
+def test_a_time_to_live_is_kept_and_0_is_for_ever(ttl: int | None, global_ttl: int | None, ours: int | None) -> None:
+    for command in ("vllm serve m --port ${PORT}", "python serve.py ${PORT}"):
+        model = {"cmd": command, **({} if ttl is None else {"ttl": ttl})}
+        top = {} if global_ttl is None else {"globalTTL": global_ttl}
+        assert imported({"m": model}, **top).config.models["m"].ttl == ours
+
+
 def test_filters_become_parameters() -> None:
     models = imported(LLAMA_SWAP).config.models
     parameters = models["tuned"].parameters
