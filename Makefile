@@ -55,8 +55,9 @@ lint: $(VENV)/.lint ## ruff: rules and format
 types: $(VENV)/.lint ## mypy, strict
 	@$(BIN)/mypy
 
-docs: $(VENV)/.docs ## build the documentation into site/
+docs: $(VENV)/.docs ## build the documentation into site/, and look where its links lead
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/python -m tests.site site
 
 clean: ## remove what was built or installed here
 	rm -rf $(VENV) site dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

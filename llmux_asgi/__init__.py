@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ReloadReport,
         SecretConfig,
         TimeoutsConfig,
+        WarmUpConfig,
         json_schema,
         load_config,
     )
@@ -171,6 +172,7 @@ __all__ = [
     "UpstreamFault",
     "UpstreamResponse",
     "VLLMBackend",
+    "WarmUpConfig",
     "json_schema",
     "load_config",
 ]

@@ -48,7 +48,13 @@ FULL: dict[str, Any] = {
                 "aliases": {"best": {"forced": {"temperature": 0}}},
             },
         },
-        "llama": {"url": "https://gpu.example:8443/behind", "probe": "token", "retry": True, "server": "sglang"},
+        "llama": {
+            "url": "https://gpu.example:8443/behind",
+            "probe": "token",
+            "warm_up": {"path": "/v1/embeddings", "body": {"input": "x"}},
+            "retry": True,
+            "server": "sglang",
+        },
         "own": {
             "command": ["vllm", "serve", "own", "--port", "{port}"],
             "env": {"CUDA_VISIBLE_DEVICES": "0"},
@@ -272,6 +278,11 @@ def model(**values: Any) -> dict[str, Any]:
         (
             {"models": {"a": {"url": URL}, "b": {"url": URL + "/"}}},
             f"$.models.b.url: '{URL}/' already is the server of the model 'a'",
+        ),
+        (model(warm_up={"path": "v1/x"}), "$.models.qwen.warm_up.path: 'v1/x' must begin with a slash, such as /v1/embeddings"),
+        (
+            model(warm_up={"path": "/v1/embeddings"}),
+            "$.models.qwen.warm_up.body: is missing: only for /v1/completions the gateway knows what to send",
         ),
         (model(sleep_level=4), "$.models.qwen.sleep_level: invalid enum value 4 (one of: 1, 2, 3)"),
         (

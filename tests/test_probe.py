@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from llmux_asgi import BackendError, BackendState, VLLMBackend
+from llmux_asgi import BackendError, BackendState, VLLMBackend, WarmUpConfig
 from llmux_asgi.backends import ProbedBackend
 from llmux_asgi.sim import SimProcess, start_sim
 
@@ -93,4 +93,50 @@ async def test_an_answer_that_is_no_completion_says_so(sim: SimProcess) -> None:
     backend = ProbedBackend(VLLMBackend(sim.url), sim.url, "another", "token")
     with pytest.raises(BackendError, match="A probe needs a model that serves /v1/completions"):
         await backend.ready()
+    await backend.aclose()
+
+
+def warmed(sim: SimProcess, warm_up: WarmUpConfig, kind: Literal["none", "token"] = "none") -> ProbedBackend:
+    sim.clear_faults()
+    return ProbedBackend(VLLMBackend(sim.url), sim.url, "m", kind, warm_up=warm_up)
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("none", 1), ("token", 2)])
+async def test_a_model_is_warmed_up_after_each_wake_and_after_the_probe(
+    sim: SimProcess, kind: Literal["none", "token"], tokens: int
+) -> None:
+    backend = warmed(sim, WarmUpConfig(), kind)
+    await backend.sleep(1)
+    before = sim.state().tokens
+    await wake(backend)
+    assert sim.state().tokens == before + tokens
+    await backend.aclose()
+
+
+async def test_a_warm_up_may_be_any_request(sim: SimProcess) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5, "ignore_eos": True}
+    backend = warmed(sim, WarmUpConfig(path="/v1/chat/completions", body=body))
+    before = sim.state().tokens
+    await wake(backend)
+    assert sim.state().tokens == before + 5
+    await backend.aclose()
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "fault", "says"),
+    [
+        (WarmUpConfig(), "request:1:fail", "answered 500"),
+        (WarmUpConfig(path="/v1/nothing", body={"x": 1}), None, "answered 404"),
+        (WarmUpConfig(body={"model": "another", "prompt": "x"}), None, "answered 404"),
+    ],
+)
+async def test_a_warm_up_that_fails_is_logged_and_the_model_serves(
+    sim: SimProcess, caplog: pytest.LogCaptureFixture, warm_up: WarmUpConfig, fault: str | None, says: str
+) -> None:
+    backend = warmed(sim, warm_up)
+    if fault is not None:
+        sim.add_faults(fault)
+    await wake(backend)
+    assert "the warm-up of 'm' failed" in caplog.text
+    assert says in caplog.text
     await backend.aclose()

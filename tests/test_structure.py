@@ -22,7 +22,16 @@ MODULES = sorted(
 
 # Imports go down only. What stands on one line may import what stands on earlier lines, and its own line.
 LAYERS = [
-    ["exceptions", "config._values", "config._access", "config._metrics", "config._parameters", "config._models", "_estimates"],
+    [
+        "exceptions",
+        "config._values",
+        "config._access",
+        "config._metrics",
+        "config._warm_up",
+        "config._parameters",
+        "config._models",
+        "_estimates",
+    ],
     ["config._load", "config._changes"],
     ["config"],
     ["policy._vocabulary"],

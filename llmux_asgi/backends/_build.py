@@ -47,9 +47,11 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: b
     """Return the backend of one model. Its port must be chosen. `freezes`: its requests have to survive its sleep."""
     key = api_key_of(name, model)
     server = _control(name, model, sleep_level, freezes, key)
-    if model.probe != "none":
+    if model.probe != "none" or model.warm_up is not None:
         inside = model.served_name or name
-        server = ProbedBackend(server, model.address, inside, model.probe, timeouts=model.timeouts, api_key=key)
+        server = ProbedBackend(
+            server, model.address, inside, model.probe, warm_up=model.warm_up, timeouts=model.timeouts, api_key=key
+        )
     if model.command is None:
         return server
     command, env = model.command, model.env

@@ -1,4 +1,4 @@
-"""A server that is asked for a few tokens after each wake, before it gets any request."""
+"""A server that is asked something after each wake, before it gets any request of a client."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from ..config import TimeoutsConfig
+from ..config import TimeoutsConfig, WarmUpConfig
 from ..exceptions import BackendError, BackendUnsupportedError
 from ._http import ControlClient, limit
 from ._protocol import Backend, BackendState, FreezingBackend, TunableBackend
@@ -30,11 +30,11 @@ class _Completion(msgspec.Struct):
 
 
 class ProbedBackend:
-    """`server`, with a probe after each wake: one token, or a fingerprint.
+    """`server`, with a probe after each wake (one token, or a fingerprint), a request that warms it up, or both.
 
     The fingerprint is what the model says to a fixed prompt, the likeliest token each time. If it is not the one that was
     taken when the model was first seen awake, its weights have not come back: it is put to sleep at level 2, which makes the
-    next wake read them from disk again, and this one fails.
+    next wake read them from disk again, and this one fails. If the warm-up fails, that is logged, and the model serves.
     """
 
     def __init__(
@@ -42,14 +42,16 @@ class ProbedBackend:
         server: Backend,
         url: str,
         served_name: str,
-        kind: Literal["token", "fingerprint"],
+        kind: Literal["none", "token", "fingerprint"],
         *,
+        warm_up: WarmUpConfig | None = None,
         timeouts: TimeoutsConfig | None = None,
         api_key: str | None = None,
     ) -> None:
         self._server = server
         self._served_name = served_name
         self._kind = kind
+        self._warm_up = warm_up
         self._timeouts = timeouts or TimeoutsConfig()
         self._client = ControlClient(url, self._timeouts, hint=_HINT, api_key=api_key)
         self._fingerprint: str | None = None
@@ -95,6 +97,12 @@ class ProbedBackend:
     async def ready(self) -> None:
         """Return when the server has answered the probe. Raises `BackendError` if it does not, or not as it did."""
         await self._server.ready()
+        if self._kind != "none":
+            await self._probe()
+        if self._warm_up is not None:
+            await self._send(self._warm_up)
+
+    async def _probe(self) -> None:
         said = await self._generate(1 if self._kind == "token" else FINGERPRINT_TOKENS)
         if self._kind == "token":
             return
@@ -113,6 +121,13 @@ class ProbedBackend:
         self._client.retune(timeouts)
         if isinstance(self._server, TunableBackend):
             self._server.retune(timeouts, freezes=freezes)
+
+    async def _send(self, warm_up: WarmUpConfig) -> None:
+        try:
+            with limit(self._timeouts.wake, f"{self._client.url}: the warm-up of the model"):
+                await self._client.post(warm_up.path, json=warm_up.request(self._served_name))
+        except BackendError as exc:
+            logger.warning("the warm-up of %r failed, it serves all the same: %s", self._served_name, exc)
 
     async def aclose(self) -> None:
         """Close connections."""

@@ -9,7 +9,19 @@ __all__ = ["main"]
 try:
     import rich  # noqa: F401 (of the extra `cli`, as typer and uvicorn are)
 
-    from . import _check, _hash_key, _import, _init, _schema, _serve, _validate  # noqa: F401 (they add their commands)
+    from . import (  # noqa: F401 (they add their commands, in the order of the help)
+        _check,
+        _events,
+        _hash_key,
+        _import,
+        _init,
+        _inspect,
+        _operate,
+        _schema,
+        _serve,
+        _top,
+        _validate,
+    )
     from ._app import app as app
     from ._simulators import sim_vllm as sim_vllm
 except ImportError as _error:

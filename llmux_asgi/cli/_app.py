@@ -10,15 +10,19 @@ import msgspec
 import typer
 from rich.console import Console
 
-__all__ = ["FAILED", "UNUSABLE", "app", "console", "fail", "print_json", "progress_console"]
+__all__ = ["FAILED", "REMOTE", "SETUP", "TRY", "UNUSABLE", "app", "console", "fail", "print_json", "progress_console"]
 
 FAILED = 1
 """Exit status: the command has run and did not succeed, or what it looked at is not as it should be."""
 UNUSABLE = 2
 """Exit status: it cannot run: its arguments or the configuration are wrong. Nothing was done."""
 
+SETUP = "Set up and run"
+REMOTE = "A running gateway (by its admin API)"
+TRY = "Try without a GPU"
+"""Panels of the help."""
+
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Serve many vLLM models from one GPU.",

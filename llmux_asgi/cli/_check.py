@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..config import load_config
 from ..exceptions import ConfigError
-from ._app import FAILED, UNUSABLE, app, console, print_json, progress_console
+from ._app import FAILED, SETUP, UNUSABLE, app, console, print_json, progress_console
 from ._findings import Finding
 from ._host import look_at_host
 from ._mends import explain
@@ -33,7 +33,7 @@ class Checked(msgspec.Struct, kw_only=True):
     servers: list[ServerReport] = []
 
 
-@app.command()
+@app.command(rich_help_panel=SETUP)
 def check(
     config: Annotated[Path, typer.Argument(help="The configuration: YAML, TOML or JSON.")],
     offline: Annotated[bool, typer.Option("--offline", help="Look at the file alone, not at this machine or servers.")] = False,

@@ -112,7 +112,7 @@ async def _awake_beside(config: Config, name: str) -> list[str]:
     for other, model in config.models.items():
         if other == name or model.command is not None:
             continue
-        backend = build_backend(other, msgspec.structs.replace(model, probe="none"), sleep_level=1)
+        backend = build_backend(other, msgspec.structs.replace(model, probe="none", warm_up=None), sleep_level=1)
         try:
             if await backend.state() is BackendState.AWAKE:
                 found.append(other)
@@ -130,14 +130,14 @@ class _Bench:
         model = config.models[name]
         self.begun = begun
         self.level = model.sleep_level or config.policy.sleep_level
-        self.backend = build_backend(name, msgspec.structs.replace(model, probe="none"), sleep_level=self.level)
+        self.backend = build_backend(name, msgspec.structs.replace(model, probe="none", warm_up=None), sleep_level=self.level)
         self.first_answer: str | None = None
         self._served = model.served_name or name
         self._timeouts = model.timeouts
         self._client = ControlClient(
             model.address,
             model.timeouts,
-            hint="Only a model with /v1/completions can be validated.",
+            hint=f"Does it know the model as {self._served!r}, and have /v1/completions? Other models cannot be validated.",
             api_key=api_key_of(name, model),
         )
         self._gauge, self._settle = gauge, config.memory.settle

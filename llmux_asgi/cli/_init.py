@@ -12,14 +12,14 @@ import typer
 
 from ..config import load_config
 from ..exceptions import ConfigError
-from ._app import FAILED, UNUSABLE, app, fail, print_json
+from ._app import FAILED, SETUP, UNUSABLE, app, fail, print_json
 
 __all__ = ["init"]
 
 _DEFAULTS = ("qwen=http://127.0.0.1:8001", "llama=http://127.0.0.1:8002")
 
 
-@app.command()
+@app.command(rich_help_panel=SETUP)
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write, .yaml or .yml.")] = Path("llmux.yaml"),
     model: Annotated[

@@ -109,7 +109,7 @@ class _Look:
             await self._look_at_port()
             return
         level = self._model.sleep_level or self._config.policy.sleep_level
-        plain = msgspec.structs.replace(self._model, probe="none")
+        plain = msgspec.structs.replace(self._model, probe="none", warm_up=None)
         backend = build_backend(self._name, plain, sleep_level=level)
         client = ControlClient(self._model.address, self._model.timeouts, hint="", api_key=api_key_of(self._name, self._model))
         try:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Annotated
 
 import anyio
+import msgspec
 import typer
 import uvicorn
 from starlette.applications import Starlette
@@ -24,7 +25,7 @@ from starlette.routing import Mount
 from ..app import LLMuxApp
 from ..exceptions import ConfigError, LLMuxError
 from ..serving import GatheringProtocol, tune_garbage_collection
-from ._app import FAILED, UNUSABLE, app, fail
+from ._app import FAILED, SETUP, UNUSABLE, app, fail
 
 __all__ = ["Server", "ready_line", "serve"]
 
@@ -43,7 +44,7 @@ class LogLevel(enum.StrEnum):
     ERROR = "error"
 
 
-@app.command()
+@app.command(rich_help_panel=SETUP)
 def serve(
     config: Annotated[Path, typer.Argument(help="The configuration: YAML, TOML or JSON.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 or :: for all.")] = "127.0.0.1",
@@ -52,10 +53,12 @@ def serve(
     root_path: Annotated[str, typer.Option(help="Prefix that a proxy in front strips.")] = "",
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, to standard error.")] = LogLevel.INFO,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: models, url.")] = False,
 ) -> None:
-    """Run the gateway. Says in one line where it listens.
+    """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order; SIGHUP reloads the configuration.
 
-    SIGTERM and SIGINT end it in order, with exit status 0. SIGHUP reads the configuration anew.
+    Exit status: 0 ended by a signal; 1 the port is taken, or a server cannot do what the configuration asks for; 2 the
+    configuration cannot be used.
     """
     prefix = prefix.rstrip("/")
     if prefix and not prefix.startswith("/"):
@@ -72,7 +75,7 @@ def serve(
         mend = ": choose another --port, or end what listens there" if error.errno == errno.EADDRINUSE else ""
         fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}{mend}", FAILED)
     with listener:
-        ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix)
+        ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix, as_json=json)
         settings = uvicorn.Config(
             Starlette(routes=[Mount(prefix, gateway)]),
             lifespan="off",  # the server enters the gateway's own
@@ -90,10 +93,13 @@ def serve(
             fail(f"serve: {error}", FAILED)
 
 
-def ready_line(models: Iterable[str], host: str, port: int, prefix: str) -> str:
+def ready_line(models: Iterable[str], host: str, port: int, prefix: str, *, as_json: bool = False) -> str:
     """What is printed when the gateway listens. The URL is the last word."""
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    return f"llmux-asgi serves {', '.join(models)} at {address}{prefix}/v1"
+    url = f"{address}{prefix}/v1"
+    if as_json:
+        return msgspec.json.encode({"models": list(models), "url": url}).decode()
+    return f"llmux-asgi serves {', '.join(models)} at {url}"
 
 
 class Server(uvicorn.Server):

@@ -13,12 +13,12 @@ from ..sim import GpuOutOfMemoryError, SimOptions
 from ..sim.vllm import serve
 from ..simulate import TraceOptions
 from ..simulate.command import run as run_simulation
-from ._app import FAILED, UNUSABLE, app, fail
+from ._app import FAILED, TRY, UNUSABLE, app, fail
 
 __all__ = ["sim_vllm", "simulate"]
 
 
-@app.command("sim-vllm")
+@app.command("sim-vllm", rich_help_panel=TRY)
 def sim_vllm(
     name: Annotated[str, typer.Option(help="Served model's name.")],
     port: Annotated[int, typer.Option(help="Port; 0 picks a free one.")] = 0,
@@ -44,8 +44,12 @@ def sim_vllm(
     start_asleep: Annotated[int, typer.Option(help="Sleep level at start; 0: awake.")] = 0,
     crash_seconds: Annotated[float, typer.Option(help="From the engine's death to the process's.")] = 0.5,
     fault: Annotated[list[str] | None, typer.Option(help="WHAT:NTH:ACTION, e.g. sleep:2:fail.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: name, url.")] = False,
 ) -> None:
-    """Run a simulated vLLM server: vLLM's API and sleep mode without a GPU."""
+    """Run a simulated vLLM server: vLLM's API and sleep mode without a GPU. Says in one line where it listens.
+
+    Exit status: 0 ended by SIGINT; 1 the port is taken, or the simulated GPU is full; 2 an option is wrong.
+    """
     options = {
         "name": name,
         "host": host,
@@ -73,14 +77,14 @@ def sim_vllm(
         "faults": fault or [],
     }
     try:
-        serve(msgspec.convert(options, SimOptions))
+        serve(msgspec.convert(options, SimOptions), as_json=json)
     except msgspec.ValidationError as error:
         fail(f"sim-vllm: {error}", UNUSABLE)
     except (OSError, OverflowError, GpuOutOfMemoryError) as error:
         fail(f"sim-vllm {name}: {error}", FAILED)
 
 
-@app.command()
+@app.command(rich_help_panel=TRY)
 def simulate(
     trace: Annotated[
         Path,
@@ -106,7 +110,10 @@ def simulate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write an HTML page: who was active when, and the waits.")] = None,
 ) -> None:
-    """Play a load against every switch policy, in virtual time, and compare their waits with what is possible at best."""
+    """Play a load against every switch policy, in virtual time, and compare their waits with what is possible at best.
+
+    Exit status: 0 done; 2 the load or the configuration cannot be used.
+    """
     try:
         run_simulation(
             trace,

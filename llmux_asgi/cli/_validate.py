@@ -15,13 +15,13 @@ from .._memory import MemoryGauge, NvmlGauge
 from ..backends import STOP_LEVEL, with_ports
 from ..config import Config, load_config
 from ..exceptions import ConfigError
-from ._app import FAILED, UNUSABLE, app, console, fail, print_json, progress_console
+from ._app import FAILED, SETUP, UNUSABLE, app, console, fail, print_json, progress_console
 from ._cycles import Validation, validate_model
 
 __all__ = ["validate"]
 
 
-@app.command()
+@app.command(rich_help_panel=SETUP)
 def validate(
     model: Annotated[str, typer.Argument(help="A model of the configuration, or an alias.")],
     config: Annotated[Path, typer.Option(help="The configuration: YAML, TOML or JSON.")],

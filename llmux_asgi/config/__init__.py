@@ -47,6 +47,7 @@ from ._models import (
     TimeoutsConfig,
 )
 from ._parameters import ModelParametersConfig, ParametersConfig
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -73,6 +74,7 @@ __all__ = [
     "SecretConfig",
     "Task",
     "TimeoutsConfig",
+    "WarmUpConfig",
     "changes",
     "is_hash",
     "is_token",

@@ -11,7 +11,7 @@ from ._models import ROUTERS, Config, ModelConfig
 
 __all__ = ["SERVER_KEYS", "ReloadReport", "changes", "server_part", "server_place"]
 
-SERVER_KEYS = ("url", "command", "env", "cwd", "server", "hooks", "served_name", "probe", "api_key")
+SERVER_KEYS = ("url", "command", "env", "cwd", "server", "hooks", "served_name", "probe", "warm_up", "api_key")
 """The keys of a model that say which server it has and how that is spoken to. All others can change while it serves."""
 
 _FIXED = ("memory", "metrics")

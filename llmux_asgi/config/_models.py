@@ -16,6 +16,7 @@ from ._parameters import ModelParametersConfig
 from ._values import Name as _Name
 from ._values import PositiveInt, PositiveSeconds, Seconds
 from ._values import ValueConfigError as _ValueConfigError
+from ._warm_up import WarmUpConfig
 
 __all__ = [
     "POLICY_PARAMETERS",
@@ -135,6 +136,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ProbeKind,
         Meta(description="After each wake ask for one token, or compare a fingerprint, before a request is passed on."),
     ] = "none"
+    warm_up: Annotated[
+        WarmUpConfig | None, Meta(description="A request that it gets after each wake, before any other; null: none.")
+    ] = None
     api_key: Annotated[
         SecretConfig | None,
         Meta(description="The server's API key, sent in place of the client's credentials; null: it gets those."),

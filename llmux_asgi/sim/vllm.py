@@ -48,7 +48,7 @@ try:
 except ImportError:  # comes with the extra `server`, but not on every platform
     _new_event_loop = asyncio.new_event_loop
 
-__all__ = ["SimVLLM", "serve"]
+__all__ = ["SimVLLM", "ready_line", "serve"]
 
 
 class _Faults(msgspec.Struct, forbid_unknown_fields=True):
@@ -198,8 +198,8 @@ def _exit_with_stdin() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def serve(options: SimOptions) -> None:
-    """Run a simulated server until SIGTERM or SIGINT. Prints one ready line with its address to standard output.
+def serve(options: SimOptions, *, as_json: bool = False) -> None:
+    """Run a simulated server until SIGTERM or SIGINT. Prints one ready line (or JSON) with its address to standard output.
 
     Raises `OSError` when the address cannot be had, `GpuOutOfMemoryError` when the model does not fit the GPU.
     """
@@ -212,13 +212,21 @@ def serve(options: SimOptions) -> None:
             _exit_with_stdin()
         time.sleep(options.start_seconds)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner, suppress(KeyboardInterrupt):
-            runner.run(_serve(options, listener))
+            runner.run(_serve(options, listener, as_json))
 
 
-async def _serve(options: SimOptions, listener: socket.socket) -> None:
+def ready_line(name: str, host: str, port: int, *, as_json: bool = False) -> str:
+    """What is printed when the server listens. The URL is the last word."""
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if as_json:
+        return msgspec.json.encode({"name": name, "url": url}).decode()
+    return f"sim-vllm {name} ready on {url}"
+
+
+async def _serve(options: SimOptions, listener: socket.socket, as_json: bool) -> None:
     app = SimVLLM(options)
     host, port = listener.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    ready = ready_line(options.name, host, port, as_json=as_json)
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -227,4 +235,4 @@ async def _serve(options: SimOptions, listener: socket.socket) -> None:
         log_level="critical",
         timeout_graceful_shutdown=0,  # hanging requests are part of the game: cut them
     )
-    await _Server(config, f"sim-vllm {options.name} ready on http://{address}", app.engine).serve([listener])
+    await _Server(config, ready, app.engine).serve([listener])

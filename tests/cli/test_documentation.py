@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -11,12 +12,16 @@ from typing import get_args
 import pytest
 from typer.testing import CliRunner
 
+from llmux_asgi.access import hash_key
 from llmux_asgi.cli import _serve, app
 from llmux_asgi.cli._findings import Kind
+from llmux_asgi.config import json_schema
 from llmux_asgi.sim import SimOptions, start_sims
+from llmux_asgi.sim.vllm import ready_line
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
 TEXT = PAGE.read_text()
+COMMANDS = [each.name or each.callback.__name__ for each in app.registered_commands if each.callback is not None]
 
 
 def commands() -> list[str]:
@@ -33,6 +38,11 @@ def rows(heading: str) -> list[str]:
     """The first column of the table below a line."""
     table = TEXT.partition(heading)[2].partition("\n\n")[2].partition("\n\n")[0]
     return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def codes(heading: str) -> list[str]:
+    """What the first column of the table below a line names."""
+    return sorted(code for cell in rows(heading) for code in re.findall(r"`([\w-]+)`", cell))
 
 
 def plain(text: str) -> list[list[str]]:
@@ -63,8 +73,8 @@ def test_what_the_page_shows_is_what_the_commands_print(
     ran = []
     for command, output in shown():
         name = command.split()[1]
-        if name == "serve":
-            continue  # a process of its own, in test_serve
+        if name in ("serve", "status"):
+            continue  # a process of its own, in test_serve and test_operator
         result = CliRunner().invoke(app, shlex.split(command)[1:], catch_exceptions=False)
         assert plain(result.stdout) == plain(replaced(output, urls)), command
         ran.append((name, result.exit_code))
@@ -88,8 +98,27 @@ def test_every_command_of_the_page_has_its_options(tmp_path: Path) -> None:
 
 
 def test_the_tables_have_every_command_and_every_kind_of_finding() -> None:
-    named = {f"`{each.name or each.callback.__name__}`" for each in app.registered_commands if each.callback is not None}
-    assert set(rows("llmux-asgi --help")) == named
-    assert set(rows("## Exit status")) == named
-    kinds = {kind for cell in rows("for scripts:") for kind in re.findall(r"`([\w-]+)`", cell)}
-    assert kinds == set(get_args(Kind))
+    assert codes("llmux-asgi --help") == sorted(COMMANDS)
+    assert codes("## Exit status") == sorted(COMMANDS)
+    assert codes("for scripts:") == sorted(get_args(Kind))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_prints_json_and_tells_its_exit_status(name: str) -> None:
+    told = CliRunner().invoke(app, [name, "--help"], terminal_width=120).output
+    assert "--json" in told
+    assert "Exit status: 0" in " ".join(told.split())
+
+
+def test_commands_that_have_little_to_say_say_it_as_json() -> None:
+    said = CliRunner().invoke(app, ["hash-key", "--json"]).stdout
+    made = json.loads(said)
+    assert hash_key(made["key"]) == made["hash"]
+    said = CliRunner().invoke(app, ["hash-key", "--stdin", "--json"], input=made["key"]).stdout
+    assert json.loads(said) == {"hash": made["hash"]}
+    assert json.loads(CliRunner().invoke(app, ["schema", "--json"]).stdout)["title"] == json_schema()["title"]
+    assert json.loads(_serve.ready_line(["a"], "::1", 80, "/llm", as_json=True)) == {
+        "models": ["a"],
+        "url": "http://[::1]:80/llm/v1",
+    }
+    assert json.loads(ready_line("a", "::1", 80, as_json=True)) == {"name": "a", "url": "http://[::1]:80"}

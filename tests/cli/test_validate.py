@@ -99,6 +99,14 @@ def test_a_failure_ends_the_cycles_and_is_told(
     assert (told["found"], told["left"]) == ("awake", "awake")
 
 
+def test_a_name_that_the_server_does_not_know_is_told(sims: dict[str, SimProcess], tmp_path: Path) -> None:
+    path = tmp_path / "llmux.json"
+    path.write_text(json.dumps({"models": {"a": {"url": sims["a"].url, "served_name": "other"}}}))
+    status, told = validated("a", "--config", path)
+    assert (status, told["left"]) == (1, "awake")
+    assert "answered 404. Does it know the model as 'other'" in told["cycles"][0]["error"]
+
+
 def test_a_model_that_has_lost_its_weights_does_not_pass_and_gets_them_back(
     config: Path, sims: dict[str, SimProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import llmux_asgi
 from llmux_asgi import (
     HooksBackend,
     LlamaCppBackend,
@@ -39,7 +41,7 @@ from llmux_asgi.sim import SimProcess
 from .hosting import ROOT, check_both_models, load_module, pointed, serving
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -171,6 +173,18 @@ def test_what_a_page_says_of_the_configuration_can_be_configured(name: str) -> N
         load_config({"models": {"qwen": {"url": "http://127.0.0.1:8001"}}, **yaml.safe_load(block)})
 
 
+def test_the_python_reference_has_every_public_name() -> None:
+    pages = (ROOT / "docs" / "python").glob("*.md")
+    shown = {name for page in pages for name in re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE)}
+    whole = {name: importlib.import_module(name) for name in shown if name.rpartition(".")[2].islower()}
+    assert len(whole) >= 10
+    for name in llmux_asgi.__all__:
+        homes = [module for module in whole.values() if name in module.__all__]
+        assert homes or f"llmux_asgi.{name}" in shown, f"{name}: name it in docs/python/index.md"
+    for name in shown - whole.keys():
+        assert name.removeprefix("llmux_asgi.") in llmux_asgi.__all__, name
+
+
 # Tables
 
 
@@ -184,6 +198,7 @@ def configuration_keys() -> dict[str, str]:
         "PolicyConfig": "policy.",
         "LimitsConfig": "limits.",
         "HooksConfig": "models.NAME.hooks.",
+        "WarmUpConfig": "models.NAME.warm_up.",
         "MemoryConfig": "memory.",
         "MetricsConfig": "metrics.",
         "AccessConfig": "access.",
