@@ -108,6 +108,7 @@ class LLMuxApp:
             write_timeout=self.config.limits.write_timeout,
         )
         if self._metrics is not None:
+            self._metrics.first_bytes = telemetry.first_bytes
             self._metrics.scrape(self._scraped, self._proxy.upstream)
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(

@@ -99,7 +99,7 @@ LAYERS = [
     ["_responses"],
     ["middleware"],
     ["_realtime"],
-    ["exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
+    ["exposition._first_bytes", "exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
     [
         "admin._gateway",
         "admin._status",

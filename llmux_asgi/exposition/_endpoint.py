@@ -22,12 +22,14 @@ from prometheus_client.registry import Collector
 from starlette.types import Receive, Scope, Send
 
 from .._errors import describe, headers_before_the_body
+from .._instruments import FirstByteTimes
 from .._proxy import Target
 from ..access import ANY_MODEL, SCOPE_GRANT, Grant, find_credential
 from ..config import MetricsConfig, read_secret
 from ..exceptions import AuthenticationError, LLMuxError, PermissionDeniedError
 from ..middleware import route_path
 from ..upstream import Upstream
+from ._first_bytes import first_byte_family
 from ._merge import merged
 from ._scrape import Scraper
 
@@ -50,6 +52,8 @@ class MetricsEndpoint:
         reader = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=self._registry)
         self.provider = MeterProvider([reader], shutdown_on_exit=False, exemplar_filter=AlwaysOffExemplarFilter())
         """What the gateway has to record into."""
+        self.first_bytes = FirstByteTimes()
+        """The times to first byte, which the provider does not get."""
         self._scraper: Scraper | None = None
 
     def scrape(self, targets: Callable[[], Mapping[str, Target]], upstream: Upstream) -> None:
@@ -69,7 +73,7 @@ class MetricsEndpoint:
             answer = describe(exc)
             await _send(send, answer.status, headers_before_the_body(answer, scope), answer.body)
             return
-        families = list(self._registry.collect())
+        families = [*self._registry.collect(), first_byte_family(self.first_bytes)]
         wanted = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("backends") != ["0"]
         answers = await self._scraper.scrape() if self._scraper is not None and wanted else None
         # Servers write the plain format, and not all that it allows is allowed in OpenMetrics, whose encoder moreover writes

@@ -6,10 +6,16 @@ import sys
 from typing import Any
 
 import pytest
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from llmux_asgi import ConfigError, Identity, LLMuxApp
+from llmux_asgi._instruments import FirstByteTimes
+from llmux_asgi.exposition._first_bytes import first_byte_family
+from llmux_asgi.telemetry import Telemetry
 from tests.gateway.conftest import gateway
 from tests.gateway.scripts import echo
 from tests.support.serve import EventLoop
@@ -101,6 +107,8 @@ def test_prometheus_and_openmetrics_are_answered_and_nothing_of_a_server_is_aske
     )
     assert found[duration] == 1
     assert found[sample("llmux_server_state", llmux_model="b", llmux_server_state="awake")] == 1
+    first_byte = {"llmux_model": "a", "llmux_streamed": "false"}
+    assert found[sample("llmux_request_time_to_first_byte_seconds_count", **first_byte)] == 1
     assert opened.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert openmetrics(opened.text) == {family.name for family in parse(text.text)}
     assert head.status_code == 200
@@ -182,6 +190,28 @@ def test_without_a_key_access_control_guards_the_metrics_and_who_may_use_some_mo
         answers = {who: running.client.get("/metrics", headers={"who": who}) for who in ("all", "some", "nobody")}
     assert {who: answer.status_code for who, answer in answers.items()} == {"all": 200, "some": 403, "nobody": 401}
     assert answers["some"].json()["error"]["code"] == "metrics_not_allowed"
+
+
+def test_the_times_to_first_byte_are_shown_as_the_exporter_would_show_them() -> None:
+    """The gateway adds them up by itself."""
+    registry = CollectorRegistry()
+    official = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=registry)
+    telemetry = Telemetry(meter_provider=MeterProvider([official], shutdown_on_exit=False))
+    own = FirstByteTimes()
+    for model, seconds, streamed in (("a", 0.005, True), ("a", 0.3, True), ("a", 1e9, True), ("b", 0.0, False)):
+        telemetry.first_byte(model, seconds, streamed=streamed)
+        own.record(seconds, {"llmux.model": model, "llmux.streamed": streamed})
+    (expected,) = registry.collect()
+    family = first_byte_family(own)
+    assert (family.name, family.documentation, family.type, family.unit) == (
+        expected.name,
+        expected.documentation,
+        expected.type,
+        expected.unit,
+    )
+    assert [(each.name, each.labels, each.value) for each in family.samples] == [
+        (each.name, each.labels, each.value) for each in expected.samples
+    ]
 
 
 def test_two_gateways_in_one_process_each_tell_their_own(loop: EventLoop) -> None:
