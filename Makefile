@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-packaging lint types docs clean
+.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-packaging test-ui screenshots lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -44,6 +44,13 @@ bench-scheduling: $(VENV)/.test ## every policy under every load, measured and s
 
 test-vllm: $(VENV)/.test ## the tests against a real vLLM on the CPU (builds its environment at the first run)
 	@$(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-ui: $(VENV)/.ui ## the dashboard in a real Chromium (Debian's, installed by apt-get if it is missing)
+	@$(BIN)/python -m tests.support.debian chromium chromium >/dev/null
+	@$(BIN)/python -m pytest -m ui $(ARGS)
+
+screenshots: $(VENV)/.ui ## take the pictures of the dashboard in docs/ anew
+	@$(BIN)/python -m tests.ui.screenshots
 
 test-packaging: $(VENV)/.packaging ## wheel and sdist in empty environments, the tutorial word for word, nginx, Kubernetes manifests
 	@$(BIN)/python -m pytest -m packaging tests/packaging $(ARGS)
@@ -80,6 +87,11 @@ $(VENV)/.test: pyproject.toml $(VENV)/.pip
 	@echo "installing what the tests need into $(VENV)" >&2
 	@$(PIP) install --editable . --group test
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.ui: pyproject.toml $(VENV)/.test
+	@echo "installing what the dashboard's tests need into $(VENV)" >&2
+	@$(PIP) install --group ui
+	@touch $@
 
 $(VENV)/.packaging: pyproject.toml $(VENV)/.test
 	@echo "installing what the packaging tests need into $(VENV)" >&2

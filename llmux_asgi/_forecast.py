@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ._state import Phase, SwitcherState
 
-__all__ = ["next_turn_in"]
+__all__ = ["Progress", "next_turn_in"]
 
 _UNKNOWN_SLEEP, _UNKNOWN_WAKE = 1.0, 5.0
 """Seconds, while nothing was measured: a model of some ten GB whose weights wait in CPU memory."""
+
+
+class Progress(NamedTuple):
+    """What those who wait for a model wait for."""
+
+    state: str
+    """`queued`: for its turn; else the phase of the switch to it: `cooldown`, `drain`, `sleep`, `wake` or `ready`."""
+    expected: float
+    """In how many seconds it is expected to serve."""
 
 
 def next_turn_in(

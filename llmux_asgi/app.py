@@ -122,6 +122,8 @@ class LLMuxApp:
             timing_headers=self.config.timing_headers,
             tasks=_tasks(self.config),
             models=self.config.models,
+            loading_notice=self.config.loading_notice,
+            heartbeat=self.config.limits.heartbeat,
         )
         self._request_log = self.config.request_log
         self._identify = identify

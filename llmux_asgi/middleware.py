@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Collection, Mapping
+from functools import partial
 from typing import Literal
 
 import anyio
@@ -18,6 +19,7 @@ from ._errors import describe
 from ._intake import Intake, Upload
 from ._json_body import named_model
 from ._lease import Lease
+from ._notice import Notice, Notices
 from ._openai import PRIORITY_HEADER, Headers, is_event_stream
 from ._parameters import Parameters
 from ._payload import read_payload
@@ -26,7 +28,7 @@ from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
 from ._timing import with_times
 from .access import SCOPE_GRANT, Grant
-from .config import ModelConfig, Task
+from .config import LoadingNotice, ModelConfig, Task
 from .exceptions import (
     BodyTimeoutError,
     InterruptedRequestError,
@@ -83,6 +85,9 @@ class LLMuxMiddleware:
     `request_log` is the path of a JSONL file that gets a line for each request that named a known model. With
     `timing_headers` answers tell in their headers what the request has waited for.
     `models` gives the models that are configured with `parameters`: `app` gets bodies that have them.
+    With `loading_notice` other than `none`, requests for a stream on OpenAI's and Anthropic's routes get a sign of life every
+    `heartbeat` seconds while they wait. `app` must answer those by server-sent events; what else it answers becomes an error
+    event, and its headers are lost.
     """
 
     def __init__(
@@ -100,12 +105,15 @@ class LLMuxMiddleware:
         timing_headers: bool = False,
         tasks: Mapping[str, Collection[Task]] | None = None,
         models: Mapping[str, ModelConfig] | None = None,
+        loading_notice: LoadingNotice = "none",
+        heartbeat: float = 10.0,
     ) -> None:
         self.app = app
         self.switcher = switcher
         self.addresses = {path: address_of(path) or Address(Route(path, task=None), path) for path in paths}
         self.tasks = tasks or {}
         self.parameters = Parameters.of(models or {})
+        self.notices = Notices(loading_notice, heartbeat)
         self.unknown = unknown
         self.max_body = max_body
         self.intake = Intake(max_headers, body_timeout, max_buffered)
@@ -151,6 +159,10 @@ class _Responder:
     _priority: str | None = None
     _disconnected = False
     _lease: Lease | None = None
+    _notice: Notice | None = None
+    """Present once it has waited, if it is told of that."""
+    _wire: Send | None = None
+    """Where a send goes that notes the first byte; `None`: there is none."""
     _status = 0
     _refused = False
     """Whether the answer is an error of the gateway's own."""
@@ -222,6 +234,8 @@ class _Responder:
             await self._refuse(exc)
         finally:
             self._upload.close()
+            if self._notice is not None:
+                self._notice.stop()
             if self._span.is_recording():
                 self._span.set_attributes(self._noted)
             self._switcher.telemetry.answered(model, self._status)
@@ -272,6 +286,8 @@ class _Responder:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
         lease: Lease | None = None
         error: LLMuxError | None = None
+        if (notice := self._notice or self._make_notice(model)) is not None:
+            notice.start()
         begun = time.monotonic()
         try:
             async with anyio.create_task_group() as tasks:
@@ -291,7 +307,35 @@ class _Responder:
         if error is not None:
             self._waited += time.monotonic() - begun
             raise error
+        if notice is not None:
+            notice.admitted()
         return lease
+
+    def _make_notice(self, model: str) -> Notice | None:
+        """Have the client told that its request waits, if it asked for a stream."""
+        notices, route = self._middleware.notices, self._address.route
+        if not notices.fit(route) or not self._asks_for_a_stream():
+            return None
+        progress, grant = partial(self._switcher.progress, model), self._grant
+        # What looks at the answer on its way, to measure it or to charge for it, is not to see the notices.
+        if grant is not None:
+            self._notice = Notice(notices, route, model, grant.send, progress, grant.headers)
+            grant.send = self._notice.send
+        elif self._wire is not None:
+            self._notice = Notice(notices, route, model, self._wire, progress)
+            self._wire = self._notice.send
+        else:
+            self._notice = Notice(notices, route, model, self._send, progress)
+            self._send = self._notice.send
+        return self._notice
+
+    def _asks_for_a_stream(self) -> bool:
+        if self._named is not None:
+            return bool(self._noted.get(names.GEN_AI_REQUEST_STREAM))
+        try:
+            return read_payload(self._address.route, self._headers, self._body or b"")[1]
+        except InvalidRequestError:
+            return False
 
     async def _find_name(self) -> str:
         self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
@@ -365,19 +409,21 @@ class _Responder:
     def _watching(self, send: Send) -> Send:
         """Tell the times in the headers, and note how long the first byte of a server's answer takes. The rest passes by."""
         begun, streamed = time.monotonic(), False
+        self._wire = send
 
         def watched(message: Message) -> Awaitable[None]:
             nonlocal streamed
+            wire = self._wire or send
             if message["type"] == "http.response.start":
                 streamed = is_event_stream(message["headers"])
                 if self._middleware.timing_headers:
                     message = {**message, "headers": self._timed(message["headers"])}
             elif self._lease is not None and message.get("body"):
-                self._send = send
+                self._send = wire
                 if not self._refused:
                     seconds = time.monotonic() - begun
                     self._switcher.telemetry.first_byte(self._lease.model, seconds, streamed=streamed)
-            return send(message)
+            return wire(message)
 
         return watched
 

@@ -22,7 +22,7 @@ from ._backoff import Backoff
 from ._driver import CLOSING, Driver
 from ._estimates import Estimates, ModelCosts
 from ._estimates_file import EstimatesFile
-from ._forecast import next_turn_in
+from ._forecast import Progress, next_turn_in
 from ._idle import IdleSleep
 from ._inquiry import Inquiry
 from ._journal import Journal
@@ -271,6 +271,11 @@ class ModelSwitcher:
     def request_timeout(self, model: str) -> float | None:
         """The longest wait of a request for `model` in seconds, `None`: no limit."""
         return self._request_timeouts.get(model, self._policy.request_timeout)
+
+    def progress(self, model: str) -> Progress:
+        """Say what those who wait for `model` (its configured name) wait for, and for how long that is expected to take."""
+        phase = self._state.phase if model == self._state.target else None
+        return Progress("queued" if phase is None else phase.value, self._next_turn_in(model))
 
     @property
     def max_frozen(self) -> float:

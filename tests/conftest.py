@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 pytest_plugins = ["tests.real.fixtures"]
+collect_ignore = [] if importlib.util.find_spec("playwright") else ["ui"]  # in a dependency group of its own
 
 
 @pytest.fixture(params=["asyncio", "trio"])

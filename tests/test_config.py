@@ -100,6 +100,7 @@ FULL: dict[str, Any] = {
     },
     "priorities": {"interactive": 30, "batch": 0},
     "memory": {"check": "nvml", "device": 1, "settle": 2},
+    "loading_notice": "events",
     "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
     "timing_headers": True,
     "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
@@ -355,6 +356,14 @@ def model(**values: Any) -> dict[str, Any]:
         (
             {"models": {"qwen": {"command": ["a", "{port}"], "hooks": {"wake": ["a"], "sleep": ["a"], "alive": ["a"]}}}},
             "$.models.qwen.hooks: cannot be combined with command: let the hooks start and stop the server",
+        ),
+        (
+            {**MINIMAL, "loading_notice": True},
+            "$.loading_notice: expected `str`, got `bool` (write it in quotes)",
+        ),
+        (
+            {**MINIMAL, "loading_notice": "loud"},
+            "$.loading_notice: invalid enum value 'loud' (one of: none, comments, events)",
         ),
         (model(aliases="x"), "$.models.qwen.aliases: expected `array`, got `str` (write a list: [one, two])"),
         (model(timeouts={"wake": "5s"}), "$.models.qwen.timeouts.wake: expected `float`, got `str` (a number, in seconds)"),

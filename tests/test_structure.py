@@ -67,6 +67,7 @@ LAYERS = [
         "_waiting",
         "_websocket",
         "_spawn",
+        "_notice",
         "_estimates_file",
         "_request_log",
         "_process",

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._errors import describe, headers_before_the_body
-from .._openai import PRIORITY_HEADER, is_done, without_credentials
+from .._openai import PRIORITY_HEADER, Headers, is_done, without_credentials
 from .._routes import shape_of
 from ..config import AccessConfig, Config, load_keys
 from ..exceptions import AuthenticationError, ConfigError, LLMuxError, PermissionDeniedError, quoted
@@ -157,6 +157,8 @@ class Grant:
         self._meter: UsageMeter | None = None
         self._reached = False
         self._status = 0
+        self.send: Send
+        """Where `watch` sends to; may be replaced."""
         self.identity = account.identity
         """Who sends the request."""
 
@@ -208,6 +210,7 @@ class Grant:
 
     def watch(self, send: Send) -> Send:
         """Return a `send` that tells the client what it has left, and reads what the answer took."""
+        self.send = send
 
         async def watched(message: Message) -> None:
             match message["type"]:
@@ -215,7 +218,7 @@ class Grant:
                     self._status = message["status"]
                     if not self._reached:
                         self.close()  # it is refused: the headers are to say that it took nothing
-                    if limits := self._account.headers(self._clock()):
+                    if limits := self.headers():
                         kept = [pair for pair in message.get("headers", ()) if not pair[0].lower().startswith(b"x-ratelimit-")]
                         message = {**message, "headers": [*kept, *limits]}
                 case "http.response.body":
@@ -225,9 +228,13 @@ class Grant:
                     # Before it is sent: a client that has its answer may send the next request at once.
                     if not message.get("more_body", False) or is_done(body):
                         self.close()
-            await send(message)
+            await self.send(message)
 
         return watched
+
+    def headers(self) -> Headers:
+        """Return what tells the client what it has left."""
+        return self._account.headers(self._clock())
 
     def close(self) -> None:
         """Give back what the request did not take. Never waits, and may be called again."""

@@ -13,7 +13,17 @@ import msgspec
 
 from ..exceptions import ConfigError
 from ._access import AccessConfig, AdminConfig, AdminKeyConfig, KeyConfig
-from ._models import Config, DrainMode, MemoryCheckKind, ModelConfig, PolicyName, ProbeKind, ServerKind, SleepLevel
+from ._models import (
+    Config,
+    DrainMode,
+    LoadingNotice,
+    MemoryCheckKind,
+    ModelConfig,
+    PolicyName,
+    ProbeKind,
+    ServerKind,
+    SleepLevel,
+)
 
 __all__ = ["ConfigSource", "json_schema", "load_config", "load_keys"]
 
@@ -148,6 +158,7 @@ _ALLOWED = {
     "server": get_args(ServerKind),
     "probe": get_args(ProbeKind),
     "check": get_args(MemoryCheckKind),
+    "loading_notice": get_args(LoadingNotice),
     "drain": (*get_args(DrainMode), "true", "false"),
 }
 _HINTS = {

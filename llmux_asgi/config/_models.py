@@ -26,6 +26,7 @@ __all__ = [
     "DrainMode",
     "HooksConfig",
     "LimitsConfig",
+    "LoadingNotice",
     "MemoryCheckKind",
     "MemoryConfig",
     "ModelConfig",
@@ -46,6 +47,7 @@ Task: TypeAlias = Literal["generate", "embed", "pooling", "classify", "score", "
 PolicyName: TypeAlias = Literal["fifo", "gated_quantum", "pressure", "throughput"]
 _Command: TypeAlias = Annotated[tuple[_Name, ...], Meta(min_length=1)]
 
+LoadingNotice: TypeAlias = Literal["none", "comments", "events"]
 DrainMode: TypeAlias = Literal["wait", "preempt", "abort"]
 
 POLICY_PARAMETERS: Mapping[PolicyName, tuple[str, ...]] = {
@@ -275,7 +277,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="Pause between two looks at the active server while the lifespan runs; null: none."),
     ] = 5.0
     heartbeat: Annotated[
-        PositiveSeconds, Meta(description="Pause between two comments in the stream of a request that is frozen.")
+        PositiveSeconds, Meta(description="Pause between two signs of life in the stream of a request that waits or is frozen.")
     ] = 10.0
     max_waiting: Annotated[
         PositiveInt | None,
@@ -326,6 +328,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
     memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
     access: Annotated[AccessConfig | None, Meta(description="Who may use the gateway; null: everybody who reaches it.")] = None
+    loading_notice: Annotated[
+        LoadingNotice,
+        Meta(
+            description="What a request for a stream gets every limits.heartbeat while it waits. none: nothing; comments: SSE "
+            "comments, which clients pass over; events: on chat and Anthropic's messages events that show how far things are."
+        ),
+    ] = "comments"
     admin: Annotated[AdminConfig | None, Meta(description="The admin API and its page; null: there are none.")] = None
     metrics: Annotated[MetricsConfig | None, Meta(description="The metrics for Prometheus; null: they are not served.")] = None
     request_log: Annotated[

@@ -117,7 +117,9 @@ _LLAMA_SWAP: tuple[Field, ...] = (
     Field("models.NAME.metadata", "none", _LISTING),
     Field("models.NAME.capabilities", "none", "`tasks` is the nearest: what a model may be asked for"),
     Field("models.NAME.unlisted", "none", "all models are listed"),
-    Field("models.NAME.sendLoadingState", "none", "nothing is sent while a request waits"),
+    Field(
+        "models.NAME.sendLoadingState", "none", "`loading_notice` is for all models: `events` if llama-swap sends it for any"
+    ),
     Field("models.NAME.compat", "none", "there are no such exceptions"),
     Field("macros", "converted", "replaced where they are used; `${PORT}` is `{port}`"),
     Field("startPort", "note", "first port for servers that need a fixed one; others get a free port"),
@@ -144,7 +146,11 @@ _LLAMA_SWAP: tuple[Field, ...] = (
     Field("logLevel", "none", _LOGS),
     Field("logTimeFormat", "none", _LOGS),
     Field("logToStdout", "none", _LOGS),
-    Field("sendLoadingState", "none", "nothing is sent while a request waits"),
+    Field(
+        "sendLoadingState",
+        "converted",
+        "`loading_notice: events` with a `limits.heartbeat` of 1 s; else comments, which nobody sees",
+    ),
     Field("includeAliasesInList", "none", "`/v1/models` lists models, not their aliases"),
     Field("metricsMaxInMemory", "none", _OWN_METRICS),
     Field("captureBuffer", "none", "bodies are never kept; `request_log` keeps times and status"),

@@ -31,6 +31,9 @@ def convert_llama_swap(raw: Mapping[str, Any], environment: Mapping[str, str]) -
     for name, model in models.items():
         draft.config["models"][name] = _Model(name, model, raw, environment, ports, draft).convert()
     _preload(raw, draft)
+    if raw.get("sendLoadingState") or any(model.get("sendLoadingState") for model in models.values()):
+        draft.config["loading_notice"] = "events"
+        draft.config["limits"] = {"heartbeat": 1}
     _priorities(raw, draft)
     _keys(raw, environment, draft)
     draft.config["policy"] = {"name": "gated_quantum", "request_timeout": None}

@@ -36,8 +36,9 @@ class Client:
         ]
         self.gone = anyio.Event()
         self.sent: list[Message] = []
-        self.reads = True
-        """Whether it takes what is sent."""
+        self.reads = anyio.Event()
+        """Until it is set the first message is not taken, even if the sender is cancelled: hypercorn on trio is like that."""
+        self.reads.set()
         self.news = anyio.Event()
         """Set by the next message that comes."""
 
@@ -52,8 +53,8 @@ class Client:
         self.sent.append(message)
         self.news.set()
         self.news = anyio.Event()
-        if not self.reads:
-            await anyio.sleep_forever()
+        with anyio.CancelScope(shield=True):
+            await self.reads.wait()
 
     @property
     def body(self) -> bytes:
@@ -138,10 +139,11 @@ class Stage:
     async def connected(self, method: str, path: str, query: str = "", **headers: str) -> AsyncIterator[Client]:
         """A request that goes on while the block does. At its end the client leaves."""
         client = Client()
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.admin, self.scope(method, path, query, **headers), client.receive, client.send)
-            yield client
-            client.gone.set()
+        with anyio.fail_after(2 * LIMIT):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self.admin, self.scope(method, path, query, **headers), client.receive, client.send)
+                yield client
+                client.gone.set()
 
 
 def events_of(body: bytes) -> list[tuple[str | None, str, Any]]:

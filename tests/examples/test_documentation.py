@@ -91,6 +91,13 @@ def test_what_a_page_includes_and_links_to_exists(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_tests_that_the_pages_name_exist() -> None:
+    named = {test for page in PAGES for test in re.findall(r"`([\w/]+\.py)::(test_\w+)`", page.read_text())}
+    assert len(named) > 50
+    for path, name in named:
+        assert re.search(rf"^ *(async )?def {name}\(", (ROOT / "tests" / path).read_text(), re.MULTILINE), f"{path}::{name}"
+
+
 def test_each_kind_of_other_server_is_configured_as_the_page_says() -> None:
     """Nothing is asked of a server here: the contract tests do that."""
     kinds: list[type] = []

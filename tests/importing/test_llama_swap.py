@@ -48,6 +48,15 @@ def test_the_model_with_everything() -> None:
     assert (timeouts.connect, timeouts.read, timeouts.start, timeouts.wake, timeouts.stop) == (7, 45, 400, 400, 5)
 
 
+def test_a_loading_state_becomes_events() -> None:
+    config = imported(LLAMA_SWAP).config
+    assert (config.loading_notice, config.limits.heartbeat) == ("events", 1)
+    assert imported("vllm serve x").config.loading_notice == "comments"
+    one = {"cmd": "vllm serve x", "sendLoadingState": True}
+    assert imported({"m": one}).config.loading_notice == "events"
+    assert imported({"m": {**one, "sendLoadingState": False}}).config.loading_notice == "comments"
+
+
 @pytest.mark.parametrize(
     ("ttl", "global_ttl", "ours"),
     [(60, None, 60), (60, 600, 60), (None, 600, 600), (-1, 600, 600), (0, 600, None), (None, 0, None), (None, None, None)],

@@ -36,9 +36,15 @@ print(json.dumps(failed))
 """
 
 
-def of_the_command(module: str) -> bool:
-    """Whether only `llmux-asgi` imports it: that says by itself what is missing."""
-    return module.startswith("llmux_asgi.cli.") or module.endswith(".command") or "._" in module
+METRICS = """
+from llmux_asgi import LLMuxApp
+LLMuxApp({"models": {"qwen": {"url": "http://127.0.0.1:8001"}}, "metrics": {"path": "/metrics"}})
+"""
+
+
+def imported_by_us_only(module: str) -> bool:
+    """Whether what imports it says what is missing: the command, or the gateway that is configured to need it."""
+    return module.startswith("llmux_asgi.cli.") or module.endswith((".command", ".exposition")) or "._" in module
 
 
 def members(archive: Path) -> set[str]:
@@ -107,12 +113,14 @@ def test_it_works_where_nothing_else_is_installed(distributions: Distributions, 
 
     failed = json.loads(run([python, "-W", "error", "-c", IMPORTS], bare, tmp_path))
     assert "llmux_asgi.serving" in failed
-    silent = [name for name, told in failed.items() if not of_the_command(name) and "pip install" not in told]
+    silent = [name for name, told in failed.items() if not imported_by_us_only(name) and "pip install" not in told]
     assert silent == []
     assert re.fullmatch(r"llmux-asgi: .*pip install '\.\[cli\]'\n", run([command, "--version"], bare, tmp_path, status=2))
     (tmp_path / "llmux.yaml").write_text("models: {qwen: {url: 'http://127.0.0.1:8001'}}")
     loading = "from llmux_asgi import load_config; load_config('llmux.yaml')"
     assert "needs PyYAML: pip install" in run([python, "-c", loading], bare, tmp_path, status=1)
+
+    assert "pip install 'llmux-asgi[prometheus]'" in run([python, "-c", METRICS], bare, tmp_path, status=1)
 
     run([python, "-m", "pip", "install", "--quiet", f"{distributions.wheel}[cli]"], bare, tmp_path)
     assert run([command, "--version"], bare, tmp_path) == f"llmux-asgi {version('llmux-asgi')}\n"
@@ -120,4 +128,4 @@ def test_it_works_where_nothing_else_is_installed(distributions: Distributions, 
     assert run([command, "schema"], bare, tmp_path) == installed.read_text()
     run([command, "check", "--offline", "llmux.yaml"], bare, tmp_path)
     failed = json.loads(run([python, "-W", "error", "-c", IMPORTS], bare, tmp_path))
-    assert [name for name, told in failed.items() if "pip install" not in told] == []
+    assert {name for name in failed if not name.startswith("llmux_asgi.exposition")} == set()

@@ -64,6 +64,8 @@ async def test_without_its_key_no_call_is_answered() -> None:
             refused = await stage.ask(method, path.replace("{model}", "a"), f"key={KEY}", **headers)
             assert refused.status == 401, (method, path, headers)
             assert refused.headers["www-authenticate"] == "Bearer"
+    # Before a body is taken in.
+    assert (await stage.ask("POST", "/api/drain", authorization="", content_length="65537")).status == 401
     assert stage.gpu.events == []
     assert not stage.switcher.draining
 
@@ -124,14 +126,17 @@ async def test_a_call_with_a_large_or_a_slow_body_is_refused() -> None:
 async def test_an_event_stream_that_is_not_read_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     stage = Stage(limits={"write_timeout": 0.05})
     async with stage.connected("GET", "/api/events") as client:
-        client.reads = False
-        with anyio.fail_after(LIMIT):
-            while not client.sent:  # and no more than this is taken
-                await anyio.lowlevel.checkpoint()
-            for _ in range(10_000):  # nothing of it is kept for who does not read, beyond what the journal keeps
-                stage.switcher.journal.write("drain", draining=True)
-            while stage.admin._streams.open:
-                await anyio.lowlevel.checkpoint()
+        client.reads = anyio.Event()
+        try:
+            with anyio.fail_after(LIMIT):
+                while not client.sent:  # and no more than this is taken
+                    await anyio.lowlevel.checkpoint()
+                for _ in range(10_000):  # nothing of it is kept for who does not read, beyond what the journal keeps
+                    stage.switcher.journal.write("drain", draining=True)
+                while stage.admin._streams.open:
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            client.reads.set()
     assert len(client.sent) == 1
     assert "is not read" in caplog.text
 

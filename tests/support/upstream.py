@@ -51,6 +51,8 @@ class ScriptedServer:
 
     script: Script | None = None
     asleep: bool = False
+    wake_gate: threading.Event | None = None
+    """What a wake waits for, if it is there."""
     requests: list[Exchange] = field(default_factory=list)
     controls: list[str] = field(default_factory=list)
     control_headers: list[list[tuple[bytes, bytes]]] = field(default_factory=list)
@@ -70,6 +72,8 @@ class ScriptedServer:
         if path in ("/version", "/is_sleeping", "/sleep", "/wake_up"):
             self.controls.append(path)
             self.control_headers.append(scope["headers"])
+            if path == "/wake_up" and self.wake_gate is not None:
+                await wait_for(self.wake_gate)
             self.asleep = {"/sleep": True, "/wake_up": False}.get(path, self.asleep)
             answer = {"version": self.version, "is_sleeping": self.asleep}
             await send({"type": "http.response.start", "status": 200, "headers": []})

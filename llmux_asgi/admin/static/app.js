@@ -249,9 +249,9 @@ $("drain").addEventListener("click", () => {
   return global("drain", (s) => (s.drained ? "Drained: nothing runs any more." : `Draining: ${count(s.in_flight + s.waiting + s.frozen, "request")} still to end.`));
 });
 
-$("reload").addEventListener("click", () => global("reload", ({ added, changed, removed }) => {
-  const parts = [["added", added], ["changed", changed], ["removed", removed]].filter(([, names]) => names?.length).map(([word, names]) => `${word} ${list(names)}`);
-  return parts.length ? `The configuration was reloaded: ${parts.join("; ")}.` : "The configuration was reloaded; no model has changed.";
+$("reload").addEventListener("click", () => global("reload", ({ added, changed, removed, settings }) => {
+  const parts = [["added", added], ["changed", changed], ["removed", removed], ["other settings:", settings]].filter(([, names]) => names?.length).map(([word, names]) => `${word} ${list(names)}`);
+  return parts.length ? `The configuration was reloaded: ${parts.join("; ")}.` : "The configuration was reloaded; nothing has changed.";
 }));
 
 // --- theme -----------------------------------------------------------------------------------------------------------

@@ -17,13 +17,13 @@ export class History {
   switches = [];
   marks = []; // {time, kind, model, text}
   gaps = []; // {start, end, why}
-  #rows = new Map(); // model -> {states, phases, waits}
+  #rows = new Map(); // model -> {states, phases, waits, open, now, before}
   #phase = null;
   #started = null; // the gateway
 
   row(model) {
     let row = this.#rows.get(model);
-    if (!row) this.#rows.set(model, (row = { states: [], phases: [], waits: [], now: null, before: null }));
+    if (!row) this.#rows.set(model, (row = { states: [], phases: [], waits: [], open: null, now: null, before: null }));
     return row;
   }
 
@@ -88,18 +88,13 @@ export class History {
       row.now = model.state;
       const state = row.states.at(-1);
       if (known && state && state.end === null && state.state !== model.state) this.#state(model.name, model.state, status.time);
-      const open = row.waits.at(-1);
-      const waiting = open && open.end === null ? open : null;
       if (model.waiting > 0) {
-        const start = status.time - (model.oldest_wait ?? 0);
-        if (waiting) {
-          waiting.count = Math.max(waiting.count, model.waiting);
-          waiting.longest = Math.max(waiting.longest, model.oldest_wait ?? 0);
-        } else {
-          push(row.waits, { start, end: null, count: model.waiting, longest: model.oldest_wait ?? 0 });
-        }
-      } else if (waiting) {
-        waiting.end = status.time;
+        const longest = model.oldest_wait ?? 0;
+        row.open ??= { start: status.time - longest, end: null, count: 0, longest: 0 };
+        row.open.count = Math.max(row.open.count, model.waiting);
+        row.open.longest = Math.max(row.open.longest, longest);
+      } else {
+        this.#served(row, status.time);
       }
     }
     const there = new Set(status.models.map((model) => model.name));
@@ -117,6 +112,12 @@ export class History {
     if (before === null || this.begin === null) return row.states;
     const told = { start: this.begin, end: first ? first.start : null, state: before };
     return began < 0 ? [...row.states, told] : row.states.toSpliced(began, 0, told);
+  }
+
+  /** Times in which requests waited for a model: [{start, end, count, longest}]; the last one may go on. */
+  waits(model) {
+    const { waits, open } = this.row(model);
+    return open ? [...waits, open] : waits;
   }
 
   #hear(time) {
@@ -147,21 +148,30 @@ export class History {
     }
     Object.assign(found, { end: entry.time, outcome: entry.outcome, phases: entry.phases ?? {}, served: entry.served ?? 0, longest: entry.longest_wait ?? null });
     if (!entry.to || !entry.longest_wait) return;
-    const { waits } = this.row(entry.to);
+    const row = this.row(entry.to);
     const start = entry.time - entry.longest_wait;
-    const seen = waits.find((each) => (each.end ?? entry.time) > start + 0.5 && each.start < entry.time);
-    if (seen) {
-      seen.count = Math.max(seen.count, entry.served);
-      seen.longest = Math.max(seen.longest, entry.longest_wait);
-      seen.start = Math.min(seen.start, start);
+    if (row.open && row.open.start < entry.time) this.#served(row, entry.time); // a status has told of it before
+    const last = row.waits.at(-1);
+    if (last && last.end > start + 0.5) {
+      last.count = Math.max(last.count, entry.served);
+      last.longest = Math.max(last.longest, entry.longest_wait);
+      last.start = Math.min(last.start, start);
     } else {
-      push(waits, { start, end: entry.time, count: entry.served, longest: entry.longest_wait });
+      push(row.waits, { start, end: entry.time, count: entry.served, longest: entry.longest_wait });
     }
+  }
+
+  /** Nobody waits for the model any more. */
+  #served(row, time) {
+    if (row.open) push(row.waits, Object.assign(row.open, { end: time }));
+    row.open = null;
   }
 
   #leave(row, time) {
     row.now = null;
-    for (const each of [row.states.at(-1), row.waits.at(-1)]) if (each && each.end === null) each.end = time;
+    this.#served(row, time);
+    const state = row.states.at(-1);
+    if (state && state.end === null) state.end = time;
   }
 
   /** Entries of another process begin: what was open ended when the old one was last heard of. */
@@ -201,7 +211,7 @@ export class History {
       if (drop(row.states)) row.before = null; // that time is over
       drop(row.phases);
       drop(row.waits);
-      if (row.now === null && !row.states.length && !row.phases.length && !row.waits.length) this.#rows.delete(name);
+      if (row.now === null && !row.states.length && !row.phases.length && !row.waits.length && !row.open) this.#rows.delete(name);
     }
     drop(this.switches);
     drop(this.gaps);
@@ -211,5 +221,5 @@ export class History {
 
 function push(items, item) {
   items.push(item);
-  if (items.length > MOST) items.splice(0, items.length - MOST);
+  if (items.length > MOST * 1.1) items.splice(0, items.length - MOST); // some at a time: it moves all others
 }

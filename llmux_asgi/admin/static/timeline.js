@@ -87,7 +87,7 @@ export class Timeline {
       const { swatch: name } = swatch.dataset;
       const context = fit(swatch, 28, 14);
       if (name === "error") this.#flag(context, 14, 0, 14);
-      else if (name === "waiting") this.#paint(context, name, 0, 5, 28, 5);
+      else if (name === "waiting") this.#paint(context, name, 0, 6, 28, 3);
       else this.#paint(context, name, 0, 0, 28, 14);
     }
     this.draw(true);
@@ -103,7 +103,7 @@ export class Timeline {
     const stirs = (name) => {
       const row = history.row(name);
       return history.states(name).some((each) => each.state === "awake" && (each.end ?? end) > start && each.start < end)
-        || [row.phases, row.waits].some((items) => items.some((each) => (each.end ?? end) > start && each.start < end));
+        || [row.phases, history.waits(name)].some((items) => items.some((each) => (each.end ?? end) > start && each.start < end));
     };
     const many = this.#order.length > MANY;
     show($("quiet-box"), many);
@@ -167,11 +167,15 @@ export class Timeline {
         if (height < 15 || left < 0) return;
         this.#write(context, [`${item.phase} ${duration(Math.min(to, end) - item.start)}`, item.phase], item.phase, left, top + 2, wide, height - 4);
       });
-      each(row.waits, (item, left, wide, to) => {
-        this.#paint(context, "waiting", left, top + height + 1, wide, wait);
-        if (wait < 12) return;
+      each(history.waits(name), (item, left, wide, to) => {
+        if (wait < 12) return this.#paint(context, "waiting", left, top + height + 1, wide, wait);
+        context.globalAlpha = 0.25;
+        this.#paint(context, "waiting", left, top + height + 2, wide, wait);
+        context.globalAlpha = 1;
+        this.#paint(context, "waiting", left, top + height + wait, wide, 2);
         const longest = duration(item.end === null ? Math.min(to, end) - item.start : item.longest);
-        this.#write(context, [`${item.count} waited, ${longest}`, `${item.count} · ${longest}`, String(item.count)], "waiting", Math.max(left, 0), top + height + 1, wide + Math.min(0, left), wait);
+        const words = [`${item.count} waited, ${longest}`, `${item.count} · ${longest}`, String(item.count)];
+        return this.#write(context, words, null, Math.max(left, 0), top + height + 1, wide + Math.min(0, left), wait);
       });
     });
     for (const gap of history.gaps) each([gap], (item, left, wide) => this.#paint(context, "gap", left, 0, wide, lanes.length * this.#lane));
@@ -204,14 +208,16 @@ export class Timeline {
     context.fill();
   }
 
-  /** The first of `choices` that has room in a bar of this colour. */
+  /** The first of `choices` that has room in a bar: on a plate of its colour, or plain. */
   #write(context, choices, name, left, top, wide, height) {
     context.font = `600 ${Math.min(11, height - 2)}px Inter, system-ui, sans-serif`;
     const words = choices.find((each) => context.measureText(each).width + 10 < wide);
     if (!words) return;
-    context.fillStyle = this.#colors[name];
-    context.fillRect(left + 2, top, context.measureText(words).width + 6, height);
-    context.fillStyle = this.#colors.card;
+    if (name) {
+      context.fillStyle = this.#colors[name];
+      context.fillRect(left + 2, top, context.measureText(words).width + 6, height);
+    }
+    context.fillStyle = name ? this.#colors.card : this.#colors.ink;
     context.textBaseline = "middle";
     context.fillText(words, left + 5, top + height / 2 + 0.5);
   }
@@ -358,7 +364,7 @@ export class Timeline {
     const exact = (items) => items.findLast((each) => each.start <= time && (each.end ?? end) >= time);
     const phase = exact(row.phases) ?? at(row.phases);
     const state = exact(this.#history.states(name));
-    const wait = at(row.waits);
+    const wait = at(this.#history.waits(name));
     const mark = this.#history.marks.findLast((each) => Math.abs(each.time - time) <= slack && (!each.model || each.model === name));
     const lines = [`${name} · ${clock(time)}`];
     if (phase) lines.push(`${phase.phase}: ${duration((phase.end ?? end) - phase.start)}`);

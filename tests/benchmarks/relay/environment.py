@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.real.environment import cache_root, locked
+from tests.support.debian import Unavailable, program
 
 __all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "users_python", "vllm_router"]
 
@@ -17,28 +17,9 @@ ROUTER_VERSION = "0.1.17"
 _ROOT = Path(__file__).resolve().parents[3]
 
 
-class Unavailable(Exception):
-    """A candidate cannot be had here. The message says why."""
-
-
 def nginx() -> str:
     """The path of nginx; installed by apt if it is missing and this user may do so. Raises `Unavailable`."""
-    search = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
-    if found := shutil.which("nginx", path=search):
-        return found
-    apt = shutil.which("apt-get")
-    if apt is None:
-        raise Unavailable("nginx is not installed, and there is no apt-get to install it with")
-    if os.geteuid() != 0:
-        raise Unavailable("nginx is not installed; as root: apt-get install nginx-light")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "--no-install-recommends", "nginx-light"]):
-        done = subprocess.run([apt, "-q", *command], env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Unavailable(f"apt-get {' '.join(command)} failed: {done.stderr[-300:].strip()}")
-    if found := shutil.which("nginx", path=search):
-        return found
-    raise Unavailable("apt-get installed nginx-light, but there is no nginx")
+    return program("nginx", "nginx-light")
 
 
 def vllm_router() -> str:
