@@ -175,6 +175,8 @@ class LLMuxApp:
             self._access.reload()
         if self._admin is not None:
             self._admin.reload_keys()
+        if self._metrics is not None:
+            self._metrics.reload_keys()
 
     async def reload(self, config: ConfigSource | None = None) -> ReloadReport:
         """Go by another configuration from now on, without losing a request; `None`: what the app was built from, read anew.

@@ -208,6 +208,7 @@ def configuration_keys() -> dict[str, str]:
         "WarmUpConfig": "models.NAME.warm_up.",
         "MemoryConfig": "memory.",
         "MetricsConfig": "metrics.",
+        "MetricsKeyConfig": "metrics.key.",
         "AccessConfig": "access.",
         "KeyConfig": "access.keys.NAME.",
         "AdminConfig": "admin.",

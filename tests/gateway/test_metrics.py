@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from llmux_asgi import ConfigError, Identity, LLMuxApp
 from llmux_asgi._instruments import FirstByteTimes
+from llmux_asgi.access import hash_key
 from llmux_asgi.exposition._first_bytes import first_byte_family
 from llmux_asgi.telemetry import Telemetry
 from tests.gateway.conftest import gateway
@@ -157,10 +158,11 @@ def test_a_server_that_is_not_there_is_down_and_a_router_is_not_asked() -> None:
 
 
 def test_with_a_key_nobody_reads_the_metrics_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METRICS_KEY", "the-key-for-metrics")
     monkeypatch.setenv("CLIENT_KEY", "the-key-of-a-client")
     access = {"keys": {"client": {"env": "CLIENT_KEY"}}}
-    with gateway("asyncio", metrics={"path": "/own", "key": {"env": "METRICS_KEY"}}, access=access) as running:
+    with gateway(
+        "asyncio", metrics={"path": "/own", "key": {"hash": hash_key("the-key-for-metrics")}}, access=access
+    ) as running:
 
         def ask(headers: dict[str, str], path: str = "/own") -> int:
             return running.client.get(path, headers=headers).status_code
@@ -176,6 +178,7 @@ def test_with_a_key_nobody_reads_the_metrics_without_it(monkeypatch: pytest.Monk
             assert answer.headers["www-authenticate"] == "Bearer"
             assert "llmux_" not in answer.text
         assert ask({"authorization": "Bearer the-key-for-metrics"}) == 200
+        running.app.reload_keys()
         assert ask({"x-api-key": "the-key-for-metrics"}) == 200
         assert ask({"authorization": "Bearer the-key-for-metrics"}, "/v1/models") == 401
         assert ask({"authorization": "Bearer the-key-of-a-client"}, "/metrics") == 404
