@@ -175,6 +175,19 @@ class _Clients:
 class _Relay:
     """One request on its way."""
 
+    _client_left = False
+    _frozen_too_long: LLMuxError | None = None
+    _started = False
+    _beating: anyio.Event | None = None
+    """Set when the heartbeat that is on its way to the client is out."""
+    _streams_events = False
+    _in_event = False
+    """Whether the client has only a part of the present server-sent event: it is too long to be held back."""
+    _ended = False
+    """Whether the last byte of the answer is out, or on its way."""
+    _done = False
+    """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
+
     def __init__(
         self,
         scope: Scope,
@@ -197,18 +210,6 @@ class _Relay:
         self._lease: Lease = scope[SCOPE_LEASE]
         self._address: Address = scope[SCOPE_ADDRESS]
         self._relaying = Cancellable()
-        self._client_left = False
-        self._frozen_too_long: LLMuxError | None = None
-        self._started = False
-        self._beating: anyio.Event | None = None
-        """Set when the heartbeat that is on its way to the client is out."""
-        self._streams_events = False
-        self._in_event = False
-        """Whether the client has only a part of the present server-sent event: it is too long to be held back."""
-        self._ended = False
-        """Whether the last byte of the answer is out, or on its way."""
-        self._done = False
-        """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
 
     async def run(self, body: bytes) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import cast
 
 from ._parser import Http1Response, ResponseParser, silence
@@ -56,7 +57,7 @@ class AsyncioConnection(asyncio.Protocol):
             self._send_on()
         return response
 
-    async def advance(self) -> None:
+    def advance(self) -> Awaitable[None]:
         """Wait for the server."""
         if self._paused:
             self._paused = False
@@ -67,7 +68,7 @@ class AsyncioConnection(asyncio.Protocol):
             self._since = now = loop.time()
             if self._timer is None or self._due > now + limit:
                 self._set_timer(now + limit)
-        await waiter
+        return waiter
 
     def is_fresh(self) -> bool:
         """Say whether the server has neither closed it nor sent anything unasked; also what the event loop has not seen yet."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Protocol, Self, cast
 
 import httptools
@@ -29,7 +29,7 @@ _INTERIM = (100, 102, 103)
 class Connection(Protocol):
     """What an answer needs of the connection that it comes over."""
 
-    async def advance(self) -> None:
+    def advance(self) -> Awaitable[None]:
         """Return when the answer has got further, is whole or has failed."""
         ...
 

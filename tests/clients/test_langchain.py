@@ -11,6 +11,8 @@ from llmux_asgi.sim.text import vector
 
 from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
+pytestmark = pytest.mark.clients
+
 _TOOL = {"type": "function", "function": {"name": "weather", "description": "tells it", "parameters": SCHEMA}}
 
 

@@ -16,7 +16,10 @@ from llmux_asgi.sim.text import vector
 from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
 # LiteLLM declares read-only items of its dictionaries, and pydantic says each time that it does not enforce them.
-pytestmark = pytest.mark.filterwarnings("ignore:Items? .* using the `ReadOnly` qualifier:UserWarning")
+pytestmark = [
+    pytest.mark.clients,
+    pytest.mark.filterwarnings("ignore:Items? .* using the `ReadOnly` qualifier:UserWarning"),
+]
 
 _USER = [{"role": "user", "content": "hello"}]
 
