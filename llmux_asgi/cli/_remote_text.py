@@ -92,9 +92,9 @@ def _described(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def changes(data: Mapping[str, Any]) -> str:
-    """What a new configuration has brought: models added, changed, removed."""
-    told = [f"{word} {', '.join(data[word])}" for word in ("added", "changed", "removed") if data.get(word)]
-    return f"new configuration: {'; '.join(told) or 'no model has changed'}"
+    """What a new configuration has brought: models added, changed, removed, and other settings that are not as before."""
+    told = [f"{word} {', '.join(data[word])}" for word in ("added", "changed", "removed", "settings") if data.get(word)]
+    return f"new configuration: {'; '.join(told) or 'nothing has changed'}"
 
 
 def _way(data: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ def serve(
     root_path: Annotated[str, typer.Option(help="Prefix that a proxy in front strips.")] = "",
     log_level: Annotated[LogLevel, typer.Option(help="How much is logged, to standard error.")] = LogLevel.INFO,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log a line for each HTTP request.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: models, url.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Say in a line of JSON where it listens: models, url, admin.")] = False,
 ) -> None:
     """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order; SIGHUP reloads the configuration.
 
@@ -75,7 +75,12 @@ def serve(
         mend = ": choose another --port, or end what listens there" if error.errno == errno.EADDRINUSE else ""
         fail(f"serve: cannot listen on {host} port {port}: {error.strerror or error}{mend}", FAILED)
     with listener:
-        ready = ready_line(gateway.config.models, host, listener.getsockname()[1], prefix, as_json=json)
+        address = f"http://[{host}]" if ":" in host else f"http://{host}"
+        root = f"{address}:{listener.getsockname()[1]}{prefix}"
+        admin = None if gateway.config.admin is None else root + gateway.config.admin.prefix
+        if admin is not None:
+            logger.info("the admin page is at %s/", admin)
+        ready = ready_line(gateway.config.models, root, admin, as_json=json)
         settings = uvicorn.Config(
             Starlette(routes=[Mount(prefix, gateway)]),
             lifespan="off",  # the server enters the gateway's own
@@ -93,13 +98,11 @@ def serve(
             fail(f"serve: {error}", FAILED)
 
 
-def ready_line(models: Iterable[str], host: str, port: int, prefix: str, *, as_json: bool = False) -> str:
-    """What is printed when the gateway listens. The URL is the last word."""
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    url = f"{address}{prefix}/v1"
+def ready_line(models: Iterable[str], root: str, admin: str | None, *, as_json: bool = False) -> str:
+    """What is printed when the gateway listens at `root`. The URL is the last word."""
     if as_json:
-        return msgspec.json.encode({"models": list(models), "url": url}).decode()
-    return f"llmux-asgi serves {', '.join(models)} at {url}"
+        return msgspec.json.encode({"models": list(models), "url": f"{root}/v1", "admin": admin}).decode()
+    return f"llmux-asgi serves {', '.join(models)} at {root}/v1"
 
 
 class Server(uvicorn.Server):

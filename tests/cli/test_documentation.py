@@ -85,7 +85,7 @@ def test_what_the_page_shows_is_what_the_commands_print(
 
 def test_the_line_of_serve_is_the_one_that_the_page_shows() -> None:
     (line,) = (output for command, output in shown() if command.split()[1] == "serve")
-    assert _serve.ready_line(["qwen", "llama"], "127.0.0.1", 8000, "") + "\n" == line
+    assert _serve.ready_line(["qwen", "llama"], "http://127.0.0.1:8000", None) + "\n" == line
 
 
 def test_every_command_of_the_page_has_its_options(tmp_path: Path) -> None:
@@ -117,8 +117,6 @@ def test_commands_that_have_little_to_say_say_it_as_json() -> None:
     said = CliRunner().invoke(app, ["hash-key", "--stdin", "--json"], input=made["key"]).stdout
     assert json.loads(said) == {"hash": made["hash"]}
     assert json.loads(CliRunner().invoke(app, ["schema", "--json"]).stdout)["title"] == json_schema()["title"]
-    assert json.loads(_serve.ready_line(["a"], "::1", 80, "/llm", as_json=True)) == {
-        "models": ["a"],
-        "url": "http://[::1]:80/llm/v1",
-    }
+    ready = json.loads(_serve.ready_line(["a"], "http://h:1/llm", "http://h:1/llm/admin", as_json=True))
+    assert ready == {"models": ["a"], "url": "http://h:1/llm/v1", "admin": "http://h:1/llm/admin"}
     assert json.loads(ready_line("a", "::1", 80, as_json=True)) == {"name": "a", "url": "http://[::1]:80"}

@@ -27,7 +27,7 @@ from llmux_asgi.cli._remote_text import described, duration, printable
 from llmux_asgi.cli._sse import Event, EventParser
 from llmux_asgi.cli._top import Screen
 from llmux_asgi.exceptions import ConfigError
-from tests.support.admin_api import KEY, FakeAdmin
+from tests.support.admin_api import KEY, FakeAdmin, model
 from tests.support.eventually import eventually
 from tests.support.serve import free_port, serve
 
@@ -134,6 +134,12 @@ def test_a_model_is_named_as_it_is_whatever_is_in_its_name_or_by_an_alias(fake: 
     ]
 
 
+def test_a_name_may_have_characters_that_mean_something_in_a_url(fake: FakeAdmin) -> None:
+    name = "org/a?b=c%2Fd#e f"
+    fake.models.append(model(name))
+    assert done("wake", name).startswith(f"{name} is active")
+
+
 def test_pin_and_unpin(fake: FakeAdmin) -> None:
     assert done("unpin") == "no model was pinned\n"
     assert done("pin", "org/llama-8b").startswith("org/llama-8b is pinned, after ")
@@ -204,6 +210,35 @@ def test_an_answer_of_something_else_is_no_admin_api(fake: FakeAdmin) -> None:
     assert refused("drain")[0] == 1
     fake.answers = {"GET events": (200, b"<html>")}
     assert refused("events")[1].startswith(f"events: there is no admin API at {url}")
+
+
+# Keys and terminals
+
+
+def test_a_key_is_taken_from_no_option_and_follows_no_redirect(fake: FakeAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    elsewhere = FakeAdmin()
+    monkeypatch.setattr(elsewhere, "_answer", lambda request: sent.append(request.headers.get("authorization", "")))
+    for command in REMOTE:
+        assert "--key " not in CliRunner().invoke(app, [command[0], "--help"], terminal_width=200).output
+    with serve(elsewhere) as url:
+        fake.redirect = f"{url}/admin/api/status"
+        status, error = refused("status")
+    assert (status, KEY in error, sent) == (2, False, [])
+
+
+def test_nothing_that_a_gateway_tells_is_obeyed_by_a_terminal(fake: FakeAdmin) -> None:
+    evil = "\x1b]0;owned\x07\x9b31m\n"
+    fake.models = [model(evil, aliases=[evil], state="awake", active=True)]
+    fake.fields |= {"active": evil, "policy": evil, "pinned": evil, "errors": [{"time": 0.0, "kind": evil, "message": evil}]}
+    fake.fields["switch"] = {"switch": 1, "from": evil, "to": evil, "phase": evil, "since": 0.0, "phase_since": 0.0}
+    for kind in ("switch", "model", "error", "pin", "later"):
+        fake.happens(kind, model=evil, message=evil, state=evil, **{"from": evil, "to": evil})
+    fake.answers = {"POST reload": (503, {"error": {"message": evil}})}
+    outputs = [done("status"), done("models"), done("events", "--no-follow"), refused("reload")[1], refused("wake", "x")[1]]
+    for output in outputs:
+        assert "owned" in output
+        assert not set(output) & {"\x1b", "\x07", "\x9b"}
 
 
 # Where the gateway is, and the key for it
@@ -330,7 +365,8 @@ def test_events_are_parsed_however_their_bytes_come() -> None:
         ("pin", {"model": None}, "no model is pinned any more"),
         ("drain", {"draining": True}, "draining: new requests are refused"),
         ("config", {"added": ["a", "b"], "changed": [], "removed": ["c"]}, "new configuration: added a, b; removed c"),
-        ("config", {}, "new configuration: no model has changed"),
+        ("config", {"added": [], "settings": ["policy"]}, "new configuration: settings policy"),
+        ("config", {}, "new configuration: nothing has changed"),
         ("later", {"time": 1, "x": 2}, 'later {"x":2}'),
     ],
 )
@@ -382,8 +418,10 @@ def when(shown: list[bytes], text: str, then: Callable[[], object]) -> threading
     """Do something as soon as a text is on the terminal."""
 
     def wait() -> None:
-        eventually(f"{text} is shown", lambda: text.encode() in b"".join(shown))
-        then()
+        try:
+            eventually(f"{text} is shown", lambda: text.encode() in b"".join(shown))
+        finally:
+            then()  # so that nothing waits for it for ever
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -448,6 +486,7 @@ def test_the_screen_fits_any_terminal(width: int, height: int) -> None:
     assert max(map(len, lines)) <= width
     assert lines[-1].strip() == "q ends it"
     assert "m49 is awake" in lines[-2]
+    assert [word in "".join(lines) for word in ("waiting", "in flight", "frozen")] == [True, width > 30, width > 60]
     screen.lost(RemoteError("the connection was lost", 1))
     assert "the connection was lost; trying again" in " ".join(drawn(screen, 120, 40).split())
 

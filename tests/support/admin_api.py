@@ -56,6 +56,8 @@ class FakeAdmin:
         self.answers: dict[str, tuple[int, Any]] = {}
         self.calls: list[str] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.redirect: str | None = None
+        """Where all calls are sent to."""
         self.epoch = "e1"
         self.streams = 0
         self.asked_after: list[str | None] = []
@@ -101,6 +103,8 @@ class FakeAdmin:
 
     async def _answer(self, request: Request) -> Response:
         path = request.url.path
+        if self.redirect is not None:
+            return Response(status_code=307, headers={"location": self.redirect})
         if not path.startswith("/admin/api/"):
             return _error(404, f"There is no route {path}.")
         if request.headers.get("authorization") != f"Bearer {KEY}":
