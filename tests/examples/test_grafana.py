@@ -176,6 +176,27 @@ def test_panels_have_their_own_ids_and_do_not_overlap() -> None:
 
 
 def test_the_scrape_configuration_asks_where_a_served_gateway_answers() -> None:
-    (job,) = yaml.safe_load((EXAMPLES / "prometheus.yml").read_text())["scrape_configs"]
+    config = yaml.safe_load((EXAMPLES / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["127.0.0.1:8000"]}]
     assert "metrics_path" not in job  # Prometheus' default is the gateway's
+    assert config["rule_files"] == ["prometheus-alerts.yml"]
+
+
+def test_the_alerts_ask_for_what_there_is(exposed: dict[str, Labels]) -> None:
+    (group,) = yaml.safe_load((EXAMPLES / "prometheus-alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert unknown(rule["expr"], exposed) == []
+        shown = set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"]))
+        assert shown <= {label for _, _, grouped in selectors(rule["expr"]) for label in grouped}
+
+
+def test_what_the_containers_are_given_is_there() -> None:
+    services = yaml.safe_load((EXAMPLES / "grafana" / "compose.yaml").read_text())["services"]
+    mounted = [volume.split(":") for service in services.values() for volume in service["volumes"]]
+    assert [source for source, *_ in mounted if not (EXAMPLES / "grafana" / source).is_file()] == []
+    inside = {target for _, target, _ in mounted}
+    (provider,) = yaml.safe_load((EXAMPLES / "grafana" / "dashboards.yaml").read_text())["providers"]
+    assert provider["options"]["path"] + "/llmux.json" in inside
+    (source,) = yaml.safe_load((EXAMPLES / "grafana" / "datasource.yaml").read_text())["datasources"]
+    assert source["url"].endswith("127.0.0.1:9090")
