@@ -29,6 +29,7 @@ from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode, Phase, Ticket
 from ._steps import Steps
+from .backends import STOP_LEVEL
 from .exceptions import LLMuxError, OperationError, PolicyError, SwitchError
 from .policy import SwitchContext, SwitchPolicy
 from .telemetry import Telemetry, failed
@@ -218,7 +219,9 @@ class Driver:
         if to is not None:
             attributes[names.SWITCH_TO] = to
         if origin is not None:
-            attributes |= {names.SWITCH_FROM: origin, names.SWITCH_SLEEP_LEVEL: self._sleep_level(origin)}
+            stops = order is not None and order.kind is OrderKind.STOP
+            level = STOP_LEVEL if stops else self._sleep_level(origin)
+            attributes |= {names.SWITCH_FROM: origin, names.SWITCH_SLEEP_LEVEL: level}
         self.reconcile.freeze_limit = None
         state.begin(to)
         self.records.begin(origin, to, waiting=len(waiters), in_flight=state.in_flight(origin))
@@ -252,7 +255,12 @@ class Driver:
             duration = self.records.end(outcome, served=served, longest_wait=longest_wait)
             if outcome == "completed":
                 if to is None:
-                    logger.info("put %r to sleep in %.3f s", origin, duration)
+                    logger.info(
+                        "%s %r in %.3f s",
+                        "stopped" if order and order.kind is OrderKind.STOP else "put to sleep",
+                        origin,
+                        duration,
+                    )
                 else:
                     text = "switched from %r to %r in %.3f s; %d requests waited for it"
                     logger.info(text, origin, to, duration, served)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ._admission import Priorities, QueueLimits
 from ._estimates import ModelCosts
+from ._memory import MemoryGauge, NvmlGauge
 from ._turnover import Server
 from .backends import FreezingBackend, TunableBackend, api_key_of, build_backend, with_ports
 from .config import Config, ModelConfig, ReloadReport, changes, server_part, server_place
@@ -17,8 +18,9 @@ from .policy import SwitchPolicy, build_policy
 
 if TYPE_CHECKING:
     from .switcher import ModelSwitcher
+    from .telemetry import Telemetry
 
-__all__ = ["Plan", "Reloader", "Settings", "build_servers"]
+__all__ = ["Plan", "Reloader", "Settings", "build_servers", "build_switcher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,35 @@ def build_servers(config: Config, policy: SwitchPolicy, *known: Mapping[str, Ser
         backend = build_backend(name, model, sleep_level=level, freezes=config.policy.drain == "preempt")
         servers[name] = Server(backend, identity, *server_place(name, model))
     return servers
+
+
+def build_switcher(
+    kind: type[ModelSwitcher],
+    given: Config,
+    policy: SwitchPolicy | None,
+    memory: MemoryGauge | None,
+    telemetry: Telemetry | None,
+) -> ModelSwitcher:
+    """Return the switcher of a configuration; `policy` and `memory` replace those of it. Raises `ConfigError`."""
+    config = with_ports(given)
+    if memory is None and config.memory.check == "nvml":
+        memory = NvmlGauge(config.memory.device)
+    keeps_policy = policy is not None
+    if policy is None:
+        policy = build_policy(config.policy)
+    servers = build_servers(config, policy)
+    switcher = kind(
+        {name: server.backend for name, server in servers.items()},
+        policy,
+        sleep_levels=Settings.of(config).sleep_levels,
+        memory=memory,
+        memory_settle=config.memory.settle,
+        costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
+        estimates=config.policy.estimates,
+        telemetry=telemetry,
+    )
+    switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
+    return switcher
 
 
 class Reloader:

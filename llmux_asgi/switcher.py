@@ -27,14 +27,14 @@ from ._idle import IdleSleep
 from ._inquiry import Inquiry
 from ._journal import Journal
 from ._lease import Lease, Waiter
-from ._memory import MemoryCheck, MemoryGauge, NvmlGauge
+from ._memory import MemoryCheck, MemoryGauge
 from ._operations import Operations
-from ._reload import Reloader, Settings, build_servers
+from ._reload import Reloader, build_switcher
 from ._room import WaitingRoom
 from ._servers import Servers
 from ._state import SwitcherState, SwitcherStatistics, TicketStatus
 from ._turnover import Turnover
-from .backends import Backend, with_ports
+from .backends import Backend
 from .config import Config, ConfigSource, ReloadReport, load_config
 from .exceptions import (
     DrainingError,
@@ -43,7 +43,7 @@ from .exceptions import (
     SwitchError,
     UnknownModelError,
 )
-from .policy import GatedQuantumPolicy, SwitchPolicy, build_policy
+from .policy import GatedQuantumPolicy, SwitchPolicy
 from .policy._base import DrainingPolicy
 from .telemetry import Telemetry
 
@@ -160,26 +160,7 @@ class ModelSwitcher:
 
         `policy` and `memory` replace those of the configuration. Raises `ConfigError` if the GPU's memory cannot be read.
         """
-        given, config = config, with_ports(config)
-        if memory is None and config.memory.check == "nvml":
-            memory = NvmlGauge(config.memory.device)
-        keeps_policy = policy is not None
-        if policy is None:
-            policy = build_policy(config.policy)
-        servers = build_servers(config, policy)
-        settings = Settings.of(config)
-        switcher = cls(
-            {name: server.backend for name, server in servers.items()},
-            policy,
-            sleep_levels=settings.sleep_levels,
-            memory=memory,
-            memory_settle=config.memory.settle,
-            costs={name: ModelCosts(model.costs.sleep, model.costs.wake) for name, model in config.models.items()},
-            estimates=config.policy.estimates,
-            telemetry=telemetry,
-        )
-        switcher.reloader.begin(given, config, servers, keeps_policy=keeps_policy)
-        return switcher
+        return build_switcher(cls, config, policy, memory, telemetry)
 
     # Leases
 

@@ -8,6 +8,9 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from llmux_asgi import (
     BackendError,
@@ -24,6 +27,7 @@ from llmux_asgi import (
     SwitchError,
     UnknownModelError,
 )
+from llmux_asgi.telemetry import Telemetry
 from tests.support.pool import Pool, Runner, running, until_frozen, until_phase, until_waiting
 
 pytestmark = pytest.mark.anyio
@@ -470,6 +474,33 @@ async def test_the_journal_tells_what_happened_in_order() -> None:
     states = [(data["model"], data["state"]) for _, data in kinds(pool, "model")]
     assert sorted(states[:3]) == [("a", "awake"), ("b", "asleep"), ("c", "asleep")]
     assert states[3:] == [("a", "asleep"), ("b", "awake"), ("b", "asleep")]
+
+
+async def test_a_sleep_is_a_span_of_a_switch_under_that_of_whoever_has_ordered_it() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    pool = Pool(awake="a", telemetry=Telemetry(provider))
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        with provider.get_tracer("host").start_as_current_span("operator"):
+            await pool.switcher.sleep("a")
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    switch, operator = spans["llmux.switch"], spans["operator"]
+    assert switch.parent is not None
+    assert switch.parent.span_id == operator.context.span_id
+    assert dict(switch.attributes or {}) == {
+        "llmux.switch.from": "a",
+        "llmux.switch.sleep_level": 1,
+        "llmux.switch.policy": "FifoPolicy",
+        "llmux.switch.waiting": 0,
+        "llmux.switch.in_flight": 0,
+        "llmux.switch.outcome": "completed",
+    }
+    assert {span.name for span in spans.values() if span.parent and span.parent.span_id == switch.context.span_id} == {
+        "drain",
+        "sleep",
+    }
 
 
 async def test_requests_for_the_active_model_write_nothing() -> None:

@@ -1,7 +1,8 @@
 """Ten thousand random steps against the switcher, on each event loop: no request ever reaches a sleeping server.
 
 Clients come, finish and leave; steps of a switch are held up and let go; sleeps and wakes fail, once or for good; servers die
-and come back; time limits pass. After every step the invariants are checked, and at the end everything must be whole again.
+and come back; time limits pass; an operator has models woken, put to sleep and stopped, pins them and drains. After every step
+the invariants are checked, and at the end everything must be whole again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Walk:
         self.requests: list[Request] = []
         self.gates: list[Gate] = []
         self.served = self.failed = self.refused = 0
+        self.orders = self.obeyed = self.refused_orders = 0
 
     async def client(self, request: Request, model: str, priority: str | None) -> None:
         await self.pool.request(request, model, priority=priority)
@@ -52,13 +54,42 @@ class Walk:
             assert isinstance(request.error, LLMuxError)
             self.failed += 1
 
+    async def operator(self, operation: str, model: str) -> None:
+        switcher = self.pool.switcher
+        with anyio.move_on_after(self.random.choice([0.001, 60])):
+            try:
+                await {"sleep": switcher.sleep, "stop": switcher.stop, "wake": switcher.wake}[operation](model)
+            except LLMuxError:
+                self.refused_orders += 1
+            else:
+                self.obeyed += 1
+        self.orders -= 1
+
     def step(self, tasks: anyio.abc.TaskGroup) -> None:
         models = list(self.pool.backends)
         backend = self.pool.backends[self.random.choice(models)]
         self.now += self.random.random() / 10
         match self.random.choices(
-            ["arrive", "finish", "leave", "hold", "open", "fail", "give up", "doze off", "die", "return", "distrust", "time"],
-            [30, 28, 6, 8, 16, 2, 1, 1, 1, 3, 1, 9],
+            [
+                "arrive",
+                "finish",
+                "leave",
+                "hold",
+                "open",
+                "fail",
+                "give_up",
+                "doze_off",
+                "die",
+                "return",
+                "distrust",
+                "time",
+                "order",
+                "pin",
+                "unpin",
+                "drain",
+                "resume",
+            ],
+            [30, 28, 6, 8, 16, 2, 1, 1, 1, 3, 1, 9, 2, 0.5, 1.5, 0.3, 2],
         )[0]:
             case "arrive" if len(self.requests) < 12:
                 request = Request()
@@ -76,10 +107,10 @@ class Walk:
             case "fail" if not any(backend.faults.values()):
                 step = self.random.choice(["sleep", "wake", "ready", "state", "stop"])
                 backend.fail(step, BackendError("injected"), times=self.random.randint(1, 3))
-            case "give up" if not any(backend.faults.values()):
+            case "give_up" if not any(backend.faults.values()):
                 step = self.random.choice(["sleep", "wake", "ready"])
                 backend.fail(step, BackendTimeoutError("injected"), times=self.random.randint(1, 3))
-            case "doze off":
+            case "doze_off":
                 self.pool.gpu.doze_off()
             case "die" if backend.reachable:
                 backend.die()
@@ -90,6 +121,17 @@ class Walk:
                 self.pool.switcher.distrust()
             case "time":
                 self.now += 1.0
+            case "order" if self.orders < 3:
+                self.orders += 1
+                tasks.start_soon(self.operator, self.random.choice(["sleep", "stop", "wake"]), backend.name)
+            case "pin":
+                self.pool.switcher.pin(backend.name)
+            case "unpin":
+                self.pool.switcher.unpin()
+            case "drain":
+                self.pool.switcher.drain()
+            case "resume":
+                self.pool.switcher.resume()
 
     def check(self) -> None:
         gpu, statistics = self.pool.gpu, self.pool.switcher.statistics()
@@ -115,7 +157,9 @@ class Walk:
                         gate.open.set()
             for gate in self.gates:
                 gate.open.set()
-            while self.requests:
+            self.pool.switcher.unpin()
+            self.pool.switcher.resume()
+            while self.requests or self.orders:
                 for request in self.requests:
                     request.finish.set()
                 await anyio.lowlevel.checkpoint()
@@ -133,6 +177,8 @@ async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps
     assert walk.served > STEPS / 20
     assert walk.failed > 0
     assert walk.refused > 0
+    assert walk.obeyed > 10
+    assert walk.refused_orders > 10
     assert statistics.switches > 100
     assert statistics.abandoned > 10
     assert statistics.failures > 10

@@ -157,7 +157,7 @@ def shown_commands() -> list[tuple[str, str]]:
 def test_the_commands_of_the_pages_have_these_options() -> None:
     shown = shown_commands()
     assert {line.split()[1] for _, line in shown} >= {"check", "import", "init", "serve", "sim-vllm", "simulate", "validate"}
-    for page, line in shown:
+    for page, line in dict.fromkeys(shown):
         words = shlex.split(line.partition(" > ")[0], comments=True)
         # `--help` behind them is enough to have the options parsed, and nothing done.
         result = CliRunner().invoke(cli.app, [*words[1:], "--help"])
