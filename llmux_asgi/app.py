@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
+from ._notice import Notices
 from ._openai import Headers
 from ._parameters import Parameters
 from ._proxy import Proxy, Target
@@ -226,6 +227,7 @@ class LLMuxApp:
         intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
         self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
         self._inference.timing_headers = config.timing_headers
+        self._inference.notices = Notices(config.loading_notice, limits.heartbeat)
         if config.request_log != self._request_log:
             self._request_log = config.request_log
             self._inference.request_log = RequestLog(config.request_log) if config.request_log is not None else None
@@ -303,14 +305,16 @@ class LLMuxApp:
             if name in self.config.models and self.config.models[name].server in ("vllm", "sglang")
         }
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "websocket":
-            await self._serve_websocket(scope, receive, send)
-            return
-        path, method = route_path(scope), scope["method"]
-        if method == "POST" and (address := address_of(path)) is not None:
-            await self._inference.serve(scope, receive, send, address)
-            return
+            return self._serve_websocket(scope, receive, send)
+        path = route_path(scope)
+        if scope["method"] == "POST" and (address := address_of(path)) is not None:
+            return self._inference.serve(scope, receive, send, address)
+        return self._serve_other(scope, receive, send, path)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Serve what is not one of the plain routes of inference."""
         grant: Grant | None = scope.get(SCOPE_GRANT)
         resolve = self.switcher.resolve if grant is None else grant.resolve
         try:

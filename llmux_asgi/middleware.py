@@ -128,17 +128,18 @@ class LLMuxMiddleware:
         else:
             await self.serve(scope, receive, send, address)
 
-    async def serve(self, scope: Scope, receive: Receive, send: Send, address: Address) -> None:
+    def serve(self, scope: Scope, receive: Receive, send: Send, address: Address) -> Awaitable[None]:
         """Serve an HTTP request whose route is known, whatever its path and method are."""
-        telemetry = self.switcher.telemetry
-        if not telemetry.is_traced:
-            await _Responder(self, scope, receive, send, address, INVALID_SPAN).run()
-            return
+        if self.switcher.telemetry.is_traced:
+            return self._serve_traced(scope, receive, send, address)
+        return _Responder(self, scope, receive, send, address, INVALID_SPAN).run()
+
+    async def _serve_traced(self, scope: Scope, receive: Receive, send: Send, address: Address) -> None:
         route = address.route.path
         attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: scope["method"], names.HTTP_ROUTE: route}
         if operation := names.OPERATIONS.get(route):
             attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
-        with telemetry.request(scope["headers"], attributes) as span:
+        with self.switcher.telemetry.request(scope["headers"], attributes) as span:
             await _Responder(self, scope, receive, send, address, span).run()
 
     def require_task(self, model: str, address: Address) -> None:
@@ -194,9 +195,13 @@ class _Responder:
     async def run(self) -> None:
         model = ""
         try:
-            named = await self._find_name()
-            if self._disconnected:
+            self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
+            # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
+            self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
+            if self._body is None:
+                self._note_disconnect()
                 return
+            named = self._find_name(self._body)
             self._noted[names.GEN_AI_REQUEST_MODEL] = named[:_LONGEST_NAME]
             if self._grant is not None:
                 self._noted[names.ENDUSER_ID] = self._grant.identity.name
@@ -337,16 +342,10 @@ class _Responder:
         except InvalidRequestError:
             return False
 
-    async def _find_name(self) -> str:
-        self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
-        # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
-        self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
-        if self._body is None:
-            self._note_disconnect()
-            return ""
+    def _find_name(self, body: bytes) -> str:
         if (named := self._address.model or self._field(_MODEL_HEADER)) is not None:
             return named
-        named, streams = read_payload(self._address.route, self._headers, self._body)
+        named, streams = read_payload(self._address.route, self._headers, body)
         if streams:
             self._noted[names.GEN_AI_REQUEST_STREAM] = True
         if self._times is not None:

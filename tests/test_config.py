@@ -343,7 +343,6 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         ({**MINIMAL, "limits": {"max_waiting": 0}}, "$.limits.max_waiting: expected `int` >= 1"),
         (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),
-        (model(preload=True), "$.models.qwen.preload: has no effect without a command"),
         (
             {"models": {"qwen": {"command": ["vllm", "serve"]}}},
             "$.models.qwen.command: has no {port}: write it where the port belongs, or say in url where it listens",

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from llmux_asgi import ConfigError, LLMuxApp
+from llmux_asgi._notice import Notices
 from llmux_asgi.sim import GpuLedger, SimOptions, SimProcess, start_sims
 from tests.support.eventually import eventually, is_at_rest
 from tests.support.serve import EventLoop, serve
@@ -140,12 +141,15 @@ def test_keys_limits_and_tasks_hold_from_the_next_request_on(loop: EventLoop, tm
             access = {"keys": {f"client{number}": {"file": str(tmp_path / f"key{number}")} for number in keys}}
             return {"models": {"qwen": model}, "policy": POLICY, **({"access": access} if keys else {}), **more}
 
-        with reloadable(LLMuxApp(config(0)), loop) as client:
+        app = LLMuxApp(config(0))
+        with reloadable(app, loop) as client:
             assert ask(client, "qwen", first).status_code == 200
             assert ask(client, "qwen", second).status_code == 401
             assert client.post("/reload", json=config(1)).json()["settings"] == ["access"]
             assert ask(client, "qwen", first).status_code == 401
             assert ask(client, "qwen", second).status_code == 200
+            assert client.post("/reload", json=config(loading_notice="none", limits={"heartbeat": 3})).status_code == 200
+            assert app._inference.notices == Notices("none", 3)
             limits = {"max_body": 100, "max_buffered": 100}
             assert client.post("/reload", json=config(limits=limits, request_log=str(log))).status_code == 200
             assert ask(client, "qwen").status_code == 200
