@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,15 @@ PURE = [
     "_timing",
     "_backoff",
 ]
+
+
+def test_the_modules_of_which_contributing_says_where_they_belong_exist() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    table = text.partition("## Where things are")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+(?:\.py|/))`", table))
+    modules = {path.name if path.is_file() else f"{path.name}/" for path in PACKAGE.iterdir() if path.name[0] != "."}
+    assert len(named) > 40
+    assert named - modules == set()
 
 
 def module_of(path: Path) -> str:
