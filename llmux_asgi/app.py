@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from ._errors import describe, headers_before_the_body
 from ._memory import MemoryGauge
+from ._notice import Notices
 from ._openai import Headers
 from ._parameters import Parameters
 from ._proxy import Proxy, Target
@@ -108,6 +109,7 @@ class LLMuxApp:
             write_timeout=self.config.limits.write_timeout,
         )
         if self._metrics is not None:
+            self._metrics.first_bytes = telemetry.first_bytes
             self._metrics.scrape(self._scraped, self._proxy.upstream)
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
@@ -118,6 +120,7 @@ class LLMuxApp:
             max_buffered=self.config.limits.max_buffered,
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
+            timing_headers=self.config.timing_headers,
             tasks=_tasks(self.config),
             models=self.config.models,
             loading_notice=self.config.loading_notice,
@@ -173,6 +176,8 @@ class LLMuxApp:
             self._access.reload()
         if self._admin is not None:
             self._admin.reload_keys()
+        if self._metrics is not None:
+            self._metrics.reload_keys()
 
     async def reload(self, config: ConfigSource | None = None) -> ReloadReport:
         """Go by another configuration from now on, without losing a request; `None`: what the app was built from, read anew.
@@ -221,6 +226,8 @@ class LLMuxApp:
         intake.max_headers, intake.max_buffered = limits.max_headers, limits.max_buffered
         intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
         self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
+        self._inference.timing_headers = config.timing_headers
+        self._inference.notices = Notices(config.loading_notice, limits.heartbeat)
         if config.request_log != self._request_log:
             self._request_log = config.request_log
             self._inference.request_log = RequestLog(config.request_log) if config.request_log is not None else None
@@ -298,14 +305,16 @@ class LLMuxApp:
             if name in self.config.models and self.config.models[name].server in ("vllm", "sglang")
         }
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _serve(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "websocket":
-            await self._serve_websocket(scope, receive, send)
-            return
-        path, method = route_path(scope), scope["method"]
-        if method == "POST" and (address := address_of(path)) is not None:
-            await self._inference.serve(scope, receive, send, address)
-            return
+            return self._serve_websocket(scope, receive, send)
+        path = route_path(scope)
+        if scope["method"] == "POST" and (address := address_of(path)) is not None:
+            return self._inference.serve(scope, receive, send, address)
+        return self._serve_other(scope, receive, send, path)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send, path: str) -> None:
+        """Serve what is not one of the plain routes of inference."""
         grant: Grant | None = scope.get(SCOPE_GRANT)
         resolve = self.switcher.resolve if grant is None else grant.resolve
         try:

@@ -255,8 +255,12 @@ class ModelSwitcher:
 
     def progress(self, model: str) -> Progress:
         """Say what those who wait for `model` (its configured name) wait for, and for how long that is expected to take."""
-        phase = self._state.phase if model == self._state.target else None
-        return Progress("queued" if phase is None else phase.value, self._next_turn_in(model))
+        expected, switch = self._next_turn_in(model), self._driver.records.under_way
+        if switch is None or switch.to_model != model:
+            return Progress("queued", expected)
+        # What it is estimated to take begins with the phase.
+        past = self.journal.clock() - switch.phase_since if switch.phase.value in ("sleep", "wake", "ready") else 0.0
+        return Progress(switch.phase.value, max(0.0, expected - past))
 
     @property
     def max_frozen(self) -> float:

@@ -102,6 +102,7 @@ FULL: dict[str, Any] = {
     "memory": {"check": "nvml", "device": 1, "settle": 2},
     "loading_notice": "events",
     "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
+    "timing_headers": True,
     "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
 YAML = """
@@ -342,7 +343,6 @@ def model(**values: Any) -> dict[str, Any]:
         ),
         ({**MINIMAL, "limits": {"max_waiting": 0}}, "$.limits.max_waiting: expected `int` >= 1"),
         (model(env={"A": "b"}), "$.models.qwen.env: has no effect without a command"),
-        (model(preload=True), "$.models.qwen.preload: has no effect without a command"),
         (
             {"models": {"qwen": {"command": ["vllm", "serve"]}}},
             "$.models.qwen.command: has no {port}: write it where the port belongs, or say in url where it listens",

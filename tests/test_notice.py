@@ -147,6 +147,22 @@ async def test_others_get_their_own_status_and_headers(body: bytes, options: Any
     assert scene.connection.body == EVENTS
 
 
+async def test_what_is_expected_gets_less_while_the_switch_goes_on() -> None:
+    scene = Scene()
+    assert scene.pool.switcher.progress("b") == ("queued", 5.0)  # nothing was measured yet
+
+    async def act() -> None:
+        before = scene.pool.switcher.progress("b")
+        await scene.noticed()
+        after = scene.pool.switcher.progress("b")
+        assert (before.state, after.state) == ("wake", "wake")
+        assert 0 < after.expected < before.expected <= 5
+        assert scene.pool.switcher.progress("a").state == "queued"
+        scene.gate.open.set()
+
+    await scene.run(act)
+
+
 async def test_a_request_that_does_not_wait_has_no_notice() -> None:
     scene = Scene(Inner(201), b'{"model": "a", "stream": true}')
     await scene.pool.switcher.reconcile()

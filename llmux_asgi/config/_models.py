@@ -109,7 +109,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = None
     env: Annotated[dict[_Name, str], Meta(description="Environment of the command, beside the gateway's own.")] = {}
     cwd: Annotated[_Name | None, Meta(description="Working folder of the command; null: the gateway's.")] = None
-    preload: Annotated[bool, Meta(description="Start the command with the gateway, not at the first request.")] = False
+    preload: Annotated[bool, Meta(description="Start or wake it with the gateway, not at its first request.")] = False
     server: Annotated[ServerKind, Meta(description="What kind of server it is.")] = "vllm"
     hooks: Annotated[HooksConfig | None, Meta(description="Commands that switch it, in place of its own API.")] = None
     served_name: Annotated[
@@ -175,7 +175,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def _refuse_what_needs_a_command(self) -> None:
         if self.url is None:
             raise _ValueConfigError("url", "is missing: say where the server listens, or give a command that starts it")
-        for key, given in (("env", self.env), ("cwd", self.cwd), ("preload", self.preload)):
+        for key, given in (("env", self.env), ("cwd", self.cwd)):
             if given:
                 raise _ValueConfigError(key, "has no effect without a command")
         if self.sleep_level == 3 and self.hooks is None:
@@ -340,6 +340,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
     ] = None
+    timing_headers: Annotated[
+        bool,
+        Meta(description="Whether answers tell in their headers how long the request waited: Server-Timing, x-llmux-*."),
+    ] = False
 
     def __post_init__(self) -> None:
         if not self.models:

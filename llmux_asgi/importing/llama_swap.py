@@ -281,12 +281,12 @@ def _preload(raw: Mapping[str, Any], draft: Draft) -> None:
     lost = []
     for name in wanted:
         model = draft.config["models"].get(str(name))
-        if model is not None and "command" in model:
+        if model is not None:
             model["preload"] = True
         else:
             lost.append(str(name))
     if lost:
-        draft.say("hooks.on_startup.preload", f"not {', '.join(lost)}: no model with a `command`")
+        draft.say("hooks.on_startup.preload", f"not {', '.join(lost)}: no model of that name")
 
 
 def _keys(raw: Mapping[str, Any], environment: Mapping[str, str], draft: Draft) -> None:

@@ -147,7 +147,7 @@ def test_the_end_does_not_wait_for_ever(closable: Gateway) -> None:
         ended.set()
 
 
-def test_a_preloaded_model_needs_a_command_and_is_awake_without_a_request(loop: EventLoop) -> None:
+def test_a_preloaded_model_is_awake_without_a_request(loop: EventLoop) -> None:
     import sys
 
     command = [sys.executable, "-m", "llmux_asgi.sim"]
@@ -161,3 +161,9 @@ def test_a_preloaded_model_needs_a_command_and_is_awake_without_a_request(loop: 
         statistics = llm.switcher.statistics()
         assert statistics.active_model == "first"
         assert dict(statistics.servers) == {"first": "awake", "second": "asleep", "third": "stopped"}
+
+
+def test_a_server_that_runs_already_is_preloaded_too(loop: EventLoop) -> None:
+    with gateway(loop, b={"preload": True}) as served:
+        eventually("it is awake", lambda: served.app.switcher.statistics().active_model == "b")
+        assert not any(request.method == "POST" for request in served.b.requests)

@@ -239,8 +239,8 @@ def test_a_command_that_says_no_port_is_told_of() -> None:
 def test_models_that_are_preloaded() -> None:
     models = {"a": {"cmd": "vllm serve a --port ${PORT}"}, "b": {"cmd": "other --port ${PORT}"}}
     result = imported(models, hooks={"on_startup": {"preload": ["a", "b", "c"]}})
-    assert result.config.models["a"].preload
-    assert text_of(result, "hooks.on_startup.preload") == "not b, c: no model with a `command`"
+    assert [result.config.models[name].preload for name in "ab"] == [True, True]
+    assert text_of(result, "hooks.on_startup.preload") == "not c: no model of that name"
 
 
 def test_zero_has_its_meaning() -> None:
