@@ -53,7 +53,7 @@ test-vllm: $(VENV)/.test ## the tests against a real vLLM on the CPU (builds its
 
 test-ui: $(VENV)/.ui ## the dashboard in a real Chromium (Debian's, installed by apt-get if it is missing)
 	@$(BIN)/python -m tests.support.debian chromium chromium >/dev/null
-	@$(BIN)/python -m pytest -m ui $(ARGS)
+	@$(BIN)/python -m pytest -m ui tests/ui $(ARGS)
 
 screenshots: $(VENV)/.ui ## take the pictures of the dashboard in docs/ anew
 	@$(BIN)/python -m tests.ui.screenshots

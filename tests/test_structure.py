@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ LAYERS = [
         "_instruments",
         "telemetry",
     ],
-    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters", "_timing"],
     [
         "_body",
         "upstream._protocol",
@@ -100,7 +101,7 @@ LAYERS = [
     ["_responses"],
     ["middleware"],
     ["_realtime"],
-    ["exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
+    ["exposition._first_bytes", "exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
     [
         "admin._gateway",
         "admin._status",
@@ -145,8 +146,18 @@ PURE = [
     "_openai",
     "_errors",
     "_payload",
+    "_timing",
     "_backoff",
 ]
+
+
+def test_the_modules_of_which_contributing_says_where_they_belong_exist() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    table = text.partition("## Where things are")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+(?:\.py|/))`", table))
+    modules = {path.name if path.is_file() else f"{path.name}/" for path in PACKAGE.iterdir() if path.name[0] != "."}
+    assert len(named) > 40
+    assert named - modules == set()
 
 
 def module_of(path: Path) -> str:

@@ -89,7 +89,7 @@ function linked(state, more) {
   if (live) link("live", "Live");
   else if (state === "connecting" && !status) link("connecting", "Connecting…");
   if (before && !live) say("", `The connection is lost: ${more.why ?? "it has ended"}. It is tried again by itself.`);
-  else if (!before && live && $("said-box").dataset.lost) say("", "Connected again.");
+  else if (!before && live && $("said-box").dataset.lost) say("good", "Connected again.");
   if (before !== live) $("said-box").dataset.lost = live ? "" : "1";
   attr($("board"), "data-stale", live || !status ? null : "");
 }
