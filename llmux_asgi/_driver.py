@@ -272,6 +272,7 @@ class Driver:
         if not switched:
             return self._state.abandon()
         self._room.begin(to)
+        self._room.activation.switch_took = self.records.elapsed
         return self._state.slept() if to is None else self._state.complete(self._clock())
 
     def _those_who_wait_for(self, to: str | None) -> list[Waiter | Lease]:

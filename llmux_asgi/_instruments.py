@@ -2,12 +2,14 @@
 
 Most are read when somebody collects them, from counts that the gateway keeps anyway. Only what has a distribution is recorded
 as it happens: with the SDK that costs some microseconds, so it is done once a request, and once more if the request waited.
+What each request has and `/metrics` shows is added up here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -21,11 +23,11 @@ if TYPE_CHECKING:
 
     from ._state import SwitcherStatistics
 
-__all__ = ["METRICS", "Books", "Instruments", "Metric"]
+__all__ = ["METRICS", "SECONDS", "Books", "FirstByteTimes", "Instruments", "Metric"]
 
 Kind: TypeAlias = Literal["histogram", "counter", "up-down counter", "gauge"]
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 """Bounds of the buckets: those of the HTTP conventions, and on to minutes, which a cold start takes."""
 _SERVER_STATES = ("awake", "asleep", "stopped", "unreachable", "unknown")
 
@@ -119,6 +121,24 @@ METRICS = (
 )
 
 
+class FirstByteTimes:
+    """What the instrument of the times to first byte is for OpenTelemetry's SDK, at a tenth of its cost: for `/metrics`."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, bool], list[int]] = {}
+        """How many times fell into each bucket, by model and whether the answer is a stream."""
+        self.sums: dict[tuple[str, bool], float] = {}
+
+    def record(self, amount: float, attributes: Mapping[str, AttributeValue]) -> None:
+        """Take in one time, in seconds."""
+        key = str(attributes[names.MODEL]), bool(attributes[names.STREAMED])
+        if (counts := self.counts.get(key)) is None:
+            counts = self.counts[key] = [0] * (len(SECONDS) + 1)
+            self.sums[key] = 0.0
+        counts[bisect_left(SECONDS, amount)] += 1
+        self.sums[key] += amount
+
+
 @dataclass
 class Books:
     """What is counted as it happens, and whom to ask for the rest. Belongs to one gateway, whoever collects."""
@@ -162,7 +182,7 @@ class Instruments:
         for metric in METRICS:
             if metric.kind == "histogram":
                 histograms[metric.name] = meter.create_histogram(
-                    metric.name, metric.unit, metric.description, explicit_bucket_boundaries_advisory=_SECONDS
+                    metric.name, metric.unit, metric.description, explicit_bucket_boundaries_advisory=SECONDS
                 )
             else:
                 callbacks = [self._callback(readers[metric.name])]

@@ -65,7 +65,7 @@ class Activation:
     a failed switch has interrupted it and the same model has gone on.
     """
 
-    __slots__ = ("error", "exchanges", "freeze", "interrupted", "leases", "over", "previous")
+    __slots__ = ("error", "exchanges", "freeze", "interrupted", "leases", "over", "previous", "switch_took")
 
     def __init__(self, previous: Activation | None = None) -> None:
         self.previous = previous
@@ -79,6 +79,8 @@ class Activation:
         """The leases of it that are held."""
         self.freeze: Freeze | None = None
         """What its requests are in the middle of, if they are frozen."""
+        self.switch_took = 0.0
+        """How many seconds the switch has taken that led to it."""
         self.exchanges: set[Exchange] = set()
         """The exchanges with the server that are under way."""
 
@@ -178,6 +180,11 @@ class Lease:
     def is_traced(self) -> bool:
         """Whether there is a trace that its request may belong to."""
         return self._switcher.telemetry.is_traced
+
+    @property
+    def switch_time(self) -> float | None:
+        """For how many of the seconds that the request has waited its switch was under way; `None`: it waited for none."""
+        return min(self.waited, self._activation.switch_took) if self.switch is not None else None
 
     @property
     def freeze(self) -> Freeze | None:

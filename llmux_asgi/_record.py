@@ -39,6 +39,11 @@ class SwitchRecords:
         """The present switch, if there is one."""
         return self._record.status if self._record is not None else None
 
+    @property
+    def elapsed(self) -> float:
+        """For how many seconds the present switch has been under way; 0.0: there is none."""
+        return self._clock() - self._record.begun if self._record is not None else 0.0
+
     def begin(self, origin: str | None, to: str | None, *, waiting: int, in_flight: int) -> None:
         """A switch has begun."""
         self._count += 1

@@ -84,7 +84,7 @@ class WaitingRoom:
     def refuse(self, model: str, error: Callable[[], LLMuxError]) -> None:
         """Tell everybody who waits for a turn of `model` the error that the function makes."""
         if not self.state.is_shut(model):
-            self._refuse_queue(model, error)
+            self.refuse_queue(model, error)
         if activation := self.frozen.pop(model, None):
             activation.end(error)
         self._nobody_waits(model)
@@ -93,7 +93,7 @@ class WaitingRoom:
         """Tell everybody in a queue that the switch failed, and why. Frozen requests go on waiting."""
         for model in self.state.waiting_models():
             if not self.state.is_shut(model):
-                self._refuse_queue(model, partial(SwitchError, model, reason))
+                self.refuse_queue(model, partial(SwitchError, model, reason))
             if not self.state.depth(model):
                 self._nobody_waits(model)
 
@@ -106,9 +106,10 @@ class WaitingRoom:
         """As `refuse_all`; those who wait for a new server too."""
         self.refuse_all(reason)
         for model in self.state.models:
-            self._refuse_queue(model, partial(SwitchError, model, reason))
+            self.refuse_queue(model, partial(SwitchError, model, reason))
 
-    def _refuse_queue(self, model: str, error: Callable[[], LLMuxError]) -> None:
+    def refuse_queue(self, model: str, error: Callable[[], LLMuxError]) -> None:
+        """Tell everybody in the queue of `model`, and those only, the error that the function makes."""
         for ticket in self.state.refuse(model):
             waiter = cast("Waiter", ticket)
             waiter.error = error
@@ -124,6 +125,7 @@ class WaitingRoom:
         if self.give_up is not None and model == self.state.target:
             self.give_up.cancel()
         self.changed.set()
+        self.look_again()
 
     def give_up_a_switch_away(self) -> None:
         """The active model may have been pinned, or unpinned. A switch away from a pinned one is given up if it can be."""
@@ -131,6 +133,7 @@ class WaitingRoom:
         if state.held and state.target is not None and state.can_be_given_up and self.give_up is not None:
             self.give_up.cancel()
         self.changed.set()
+        self.look_again()
 
     def freeze(self, model: str, limit: float) -> None:
         """Keep the requests that `model` was serving for its next turn: it is asleep, and its server keeps them too."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 
@@ -21,7 +22,7 @@ from ._servers import Servers
 from ._spawn import only_own_cancellation, spawn
 from ._state import Mode
 from .backends import Backend, BackendState
-from .exceptions import BackendError
+from .exceptions import BackendError, UnknownModelError
 
 __all__ = ["Server", "Turnover"]
 
@@ -107,6 +108,11 @@ class Turnover:
                 self.next[model] = server
                 self._state.shut(model)
                 self._room.has_shut(model)
+        for model in self._only_promised():
+            if any(self.next[model].is_at_the_place_of(self.present[other]) for other in servers if self._has_its_own(other)):
+                # The server that it was to have has gone back to another model: it will never come in.
+                self._room.refuse_queue(model, partial(UnknownModelError, model))
+                self._forget(model)
         self.wake()
 
     def wake(self) -> None:
@@ -130,6 +136,13 @@ class Turnover:
         if self._running:
             self._room.look_again()
             await self._stopped.wait()
+
+    def _only_promised(self) -> list[str]:
+        """The models that were removed again before their server has come in, and for which somebody waits."""
+        return [model for model in self._removed if model not in self.present]
+
+    def _has_its_own(self, model: str) -> bool:
+        return model in self.present and model not in self.next
 
     def _remove(self, model: str) -> None:
         if model in self.present:
@@ -155,6 +168,9 @@ class Turnover:
         try:
             with only_own_cancellation():
                 while self.unsettled and not self._servers.closing:
+                    for model in self._only_promised():
+                        if not self._state.queued(model):
+                            self._forget(model)
                     if (active := self._state.active) in self.unsettled and self._may_go(active):
                         await self._put_to_sleep(active)
                         continue
@@ -181,9 +197,10 @@ class Turnover:
         return failure is None or failure.retry_at <= self._clock()
 
     def _may_come(self, model: str) -> bool:
-        """Whether the place of a model's next server is free."""
-        server = self.next[model]
-        return model not in self.present and not any(server.is_at_the_place_of(other) for other in self.present.values())
+        """Whether the place of a model's next server is free. Who waits for a model that is removed comes before others."""
+        server, promised = self.next[model], self._only_promised()
+        before = () if model in promised else (self.next[each] for each in promised)
+        return model not in self.present and not any(map(server.is_at_the_place_of, (*self.present.values(), *before)))
 
     async def _turn_over(self) -> None:
         """Let go and bring in what can be. Nothing else changes who is awake meanwhile."""

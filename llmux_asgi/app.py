@@ -109,6 +109,7 @@ class LLMuxApp:
             write_timeout=self.config.limits.write_timeout,
         )
         if self._metrics is not None:
+            self._metrics.first_bytes = telemetry.first_bytes
             self._metrics.scrape(self._scraped, self._proxy.upstream)
         self._responses = ResponseModels(self._proxy)
         self._inference = LLMuxMiddleware(
@@ -119,6 +120,7 @@ class LLMuxApp:
             max_buffered=self.config.limits.max_buffered,
             body_timeout=self.config.limits.body_timeout,
             request_log=self.config.request_log,
+            timing_headers=self.config.timing_headers,
             tasks=_tasks(self.config),
             models=self.config.models,
             loading_notice=self.config.loading_notice,
@@ -174,6 +176,8 @@ class LLMuxApp:
             self._access.reload()
         if self._admin is not None:
             self._admin.reload_keys()
+        if self._metrics is not None:
+            self._metrics.reload_keys()
 
     async def reload(self, config: ConfigSource | None = None) -> ReloadReport:
         """Go by another configuration from now on, without losing a request; `None`: what the app was built from, read anew.
@@ -222,6 +226,7 @@ class LLMuxApp:
         intake.max_headers, intake.max_buffered = limits.max_headers, limits.max_buffered
         intake.body_timeout, self._inference.max_body = limits.body_timeout, limits.max_body
         self._inference.tasks, self._inference.parameters = _tasks(config), Parameters.of(config.models)
+        self._inference.timing_headers = config.timing_headers
         self._inference.notices = Notices(config.loading_notice, limits.heartbeat)
         if config.request_log != self._request_log:
             self._request_log = config.request_log

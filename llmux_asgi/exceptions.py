@@ -142,10 +142,8 @@ class RateLimitError(LLMuxError):
 class UnknownRouteError(LLMuxError):
     """Nothing is served under this path."""
 
-    def __init__(self, method: str, path: str) -> None:
-        super().__init__(
-            f"Unknown request URL: {method[:20]} {quoted(path)}. The gateway serves the inference routes of its API only."
-        )
+    def __init__(self, method: str, path: str, served: str = "the inference routes of its API only") -> None:
+        super().__init__(f"Unknown request URL: {method[:20]} {quoted(path)}. The gateway serves {served}.")
 
 
 class MethodNotAllowedError(LLMuxError):

@@ -26,6 +26,7 @@ from ._payload import read_payload
 from ._proxy import SCOPE_ADDRESS, SCOPE_BODY, SCOPE_LAST_TRY, SCOPE_LEASE, SCOPE_NAMED
 from ._request_log import RequestLog, RequestTimes
 from ._routes import INFERENCE_ROUTES, Address, Route, address_of
+from ._timing import with_times
 from .access import SCOPE_GRANT, Grant
 from .config import LoadingNotice, ModelConfig, Task
 from .exceptions import (
@@ -81,7 +82,8 @@ class LLMuxMiddleware:
     A request with more than `max_headers` bytes of headers and query, with a compressed body, or whose body takes longer than
     `body_timeout` seconds to arrive is refused, and so is one whose body would make it more than `max_buffered` bytes of all
     requests together.
-    `request_log` is the path of a JSONL file that gets a line for each request that named a known model.
+    `request_log` is the path of a JSONL file that gets a line for each request that named a known model. With
+    `timing_headers` answers tell in their headers what the request has waited for.
     `models` gives the models that are configured with `parameters`: `app` gets bodies that have them.
     With `loading_notice` other than `none`, requests for a stream on OpenAI's and Anthropic's routes get a sign of life every
     `heartbeat` seconds while they wait. `app` must answer those by server-sent events; what else it answers becomes an error
@@ -100,6 +102,7 @@ class LLMuxMiddleware:
         max_buffered: int = 1024 * 1024 * 1024,
         body_timeout: float = 60.0,
         request_log: str | os.PathLike[str] | None = None,
+        timing_headers: bool = False,
         tasks: Mapping[str, Collection[Task]] | None = None,
         models: Mapping[str, ModelConfig] | None = None,
         loading_notice: LoadingNotice = "none",
@@ -115,6 +118,7 @@ class LLMuxMiddleware:
         self.max_body = max_body
         self.intake = Intake(max_headers, body_timeout, max_buffered)
         self.request_log = RequestLog(request_log) if request_log is not None else None
+        self.timing_headers = timing_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
@@ -163,8 +167,8 @@ class _Responder:
     _status = 0
     _refused = False
     """Whether the answer is an error of the gateway's own."""
-    _streamed = False
-    """Whether the answer is a stream of events; known if its first byte is waited for."""
+    _admitted_at = 0.0
+    """When its server was asked, on the monotonic clock; known if the headers are to tell."""
 
     def __init__(
         self, middleware: LLMuxMiddleware, scope: Scope, receive: Receive, send: Send, address: Address, span: Span
@@ -180,7 +184,8 @@ class _Responder:
         """Attributes for the span, which takes all at once for the price of one."""
         self._receive = receive
         self._upload = Upload(middleware.intake, receive)
-        self._send = self._until_first_byte(send) if middleware.switcher.telemetry.is_measured else send
+        watches = middleware.timing_headers or middleware.switcher.telemetry.is_measured
+        self._send = self._watching(send) if watches else send
         self._address = address
         self._span = span
         self._times = RequestTimes() if middleware.request_log is not None else None
@@ -273,6 +278,8 @@ class _Responder:
             self._times.admitted(self._waited)
         if self._waited:
             self._noted[names.QUEUE_TIME] = self._waited
+        if self._middleware.timing_headers:
+            self._admitted_at = time.monotonic()
         if lease.waited:
             self._switcher.telemetry.queued(lease.model, lease.waited)
         if lease.switch is not None:
@@ -286,6 +293,7 @@ class _Responder:
         error: LLMuxError | None = None
         if (notice := self._notice or self._make_notice(model)) is not None:
             notice.start()
+        begun = time.monotonic()
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch_client, tasks.cancel_scope)
@@ -302,6 +310,7 @@ class _Responder:
                 lease.release()
             raise
         if error is not None:
+            self._waited += time.monotonic() - begun
             raise error
         if notice is not None:
             notice.admitted()
@@ -396,23 +405,36 @@ class _Responder:
             if self._times is not None:
                 self._times.ended()
 
-    def _until_first_byte(self, send: Send) -> Send:
-        """Note how long the first byte of a server's answer takes; what comes after it passes by."""
-        begun = time.monotonic()
+    def _watching(self, send: Send) -> Send:
+        """Tell the times in the headers, and note how long the first byte of a server's answer takes. The rest passes by."""
+        begun, streamed = time.monotonic(), False
         self._wire = send
 
         def watched(message: Message) -> Awaitable[None]:
+            nonlocal streamed
             wire = self._wire or send
-            if message.get("body"):
+            if message["type"] == "http.response.start":
+                streamed = is_event_stream(message["headers"])
+                if self._middleware.timing_headers:
+                    message = {**message, "headers": self._timed(message["headers"])}
+            elif self._lease is not None and message.get("body"):
                 self._send = wire
-                if self._lease is not None and not self._refused:
-                    seconds, streamed = time.monotonic() - begun, self._streamed
+                if not self._refused:
+                    seconds = time.monotonic() - begun
                     self._switcher.telemetry.first_byte(self._lease.model, seconds, streamed=streamed)
-            elif message["type"] == "http.response.start":
-                self._streamed = is_event_stream(message["headers"])
             return wire(message)
 
         return watched
+
+    def _timed(self, headers: Headers) -> Headers:
+        """Add what is known of the request's times; nothing if it has no model."""
+        model, lease = self._noted.get(names.MODEL), self._lease
+        if model is None:
+            return headers
+        if lease is None:
+            return with_times(headers, str(model), queue=self._waited if self._refused else None)
+        upstream = None if self._refused else time.monotonic() - self._admitted_at
+        return with_times(headers, str(model), queue=self._waited, switch=lease.switch_time, upstream=upstream)
 
     async def _refuse(self, exc: LLMuxError) -> None:
         self._refused = True

@@ -23,11 +23,11 @@ from opentelemetry.trace import Link, ProxyTracerProvider, Span, SpanContext, Sp
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from . import _names as names
-from ._instruments import Books, Instruments
+from ._instruments import Books, FirstByteTimes, Instruments
 from ._names import ERROR_TYPE, SCOPE, SPAN_REQUEST, SPAN_SWITCH
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.metrics import Histogram, MeterProvider
     from opentelemetry.trace import Tracer, TracerProvider
     from opentelemetry.util.types import Attributes
 
@@ -121,9 +121,14 @@ class Telemetry:
         self.is_measured = False
         """Whether anybody may collect metrics, as of the last look at `is_traced`. If not, nothing has to be measured."""
         self._books = Books()
-        for provider in (exposition, meter_provider):
-            if provider is not None:
-                self._measure(provider)
+        self.first_bytes = FirstByteTimes()
+        """The times to first byte, for who shows what `exposition` has got: it does not get them."""
+        self._first_bytes: list[FirstByteTimes | Histogram] = []
+        """Where each of them goes."""
+        if exposition is not None:
+            self._measure(exposition, self.first_bytes)
+        if meter_provider is not None:
+            self._measure(meter_provider)
         self._look_again = 0.0
         self._look()
 
@@ -158,8 +163,8 @@ class Telemetry:
 
     def first_byte(self, model: str, seconds: float, *, streamed: bool) -> None:
         """Note how long after its request the first byte of an answer's body came."""
-        for each in self._instruments:
-            each.first_byte.record(seconds, {names.MODEL: model, names.STREAMED: streamed})
+        for each in self._first_bytes:
+            each.record(seconds, {names.MODEL: model, names.STREAMED: streamed})
 
     def phase_took(self, name: str, model: str, seconds: float) -> None:
         """Note a phase of a switch that is over, and the model that it was about."""
@@ -201,10 +206,12 @@ class Telemetry:
                 self._has_meter = True
                 self._measure(provider)
 
-    def _measure(self, provider: MeterProvider) -> None:
+    def _measure(self, provider: MeterProvider, first_bytes: FirstByteTimes | None = None) -> None:
         number = _GATEWAYS[provider] = _GATEWAYS.get(provider, 0) + 1
         meter = provider.get_meter(SCOPE if number == 1 else f"{SCOPE}.{number}")
-        self._instruments.append(Instruments(meter, self._books))
+        instruments = Instruments(meter, self._books)
+        self._instruments.append(instruments)
+        self._first_bytes.append(first_bytes or instruments.first_byte)
         self.is_measured = True
 
 

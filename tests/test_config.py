@@ -102,6 +102,7 @@ FULL: dict[str, Any] = {
     "memory": {"check": "nvml", "device": 1, "settle": 2},
     "loading_notice": "events",
     "admin": {"prefix": "/ops/llmux", "keys": {"ops": {"env": "ADMIN_KEY"}, "site": {"file": "admin-keys"}}},
+    "timing_headers": True,
     "metrics": {"path": "/own/metrics", "key": {"env": "KEY"}, "backends": True, "timeout": 0.5},
 }
 YAML = """

@@ -8,6 +8,7 @@ import pytest
 
 from llmux_asgi import (
     BackendError,
+    BackendUnsupportedError,
     ConfigError,
     FifoPolicy,
     InvalidRequestError,
@@ -267,6 +268,27 @@ async def test_settings_take_effect_at_once_and_the_server_stays(monkeypatch: py
         assert server.levels == [2]
 
 
+async def test_an_old_server_is_put_to_sleep_at_the_level_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, awake="a", stoppable="b", qwen={"url": "http://a", "sleep_level": 2})
+    async with running(fleet) as requests:
+        runs = await requests.served("qwen")
+        await fleet.reload(qwen={"url": "http://b:80", "command": ["serve"], "sleep_level": 3})
+        runs.finish.set()
+        await until_settled(fleet)
+        assert fleet.built[0].levels == [2]
+        assert fleet.switcher._sleep_level("qwen") == 3
+
+
+async def test_time_limits_and_freezing_hold_from_a_servers_next_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, qwen="a", llama="b")
+    async with running(fleet):
+        qwen = {"url": "http://a", "timeouts": {"wake": 7}}
+        await fleet.reload({"policy": {"drain": "preempt"}}, qwen=qwen, llama="c")
+        await until_settled(fleet)
+        assert fleet.server("qwen").tuned == [(7.0, True)]
+        assert fleet.server("llama").tuned == []  # it was built so
+
+
 async def test_another_policy_decides_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
     never = {"policy": {"name": "gated_quantum", "linger": 1000, "quantum": 1000, "request_timeout": None}}
     fleet = Fleet(monkeypatch, settings=never, qwen={"url": "http://a", "costs": {"sleep": 9, "wake": 9}}, llama="b")
@@ -346,3 +368,83 @@ async def test_the_end_of_the_gateway_refuses_who_waits_for_a_new_server(monkeyp
         again = await requests.served("qwen")
         assert again.server == "b"
         again.finish.set()
+
+
+async def test_who_was_promised_a_server_that_goes_back_to_another_model_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, awake="a", qwen="a")
+    async with running(fleet) as requests:
+        runs = await requests.served("qwen")
+        await fleet.reload(qwen="b", llama="a")
+        waits = requests.send("llama")
+        await until_waiting(fleet, "llama", 1)
+        await fleet.reload(qwen="a")
+        await waits.done.wait()
+        assert isinstance(waits.error, UnknownModelError)
+        assert fleet.switcher.statistics().unsettled == ()
+        runs.finish.set()
+
+
+async def test_who_waits_for_a_model_that_is_removed_comes_before_who_has_its_address_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet = Fleet(monkeypatch, awake="a", qwen="a")
+    async with running(fleet) as requests:
+        runs = await requests.served("qwen")
+        await fleet.reload(llama="a")
+        between = requests.send("llama")
+        await until_waiting(fleet, "llama", 1)
+        await fleet.reload(phi="a")
+        last = requests.send("phi", finish=True)
+        await until_waiting(fleet, "phi", 1)
+        runs.finish.set()
+        await between.granted.wait()
+        assert not last.granted.is_set()
+        between.finish.set()
+        await last.done.wait()
+        assert between.error is last.error is None
+
+
+async def test_with_preemption_a_server_that_cannot_freeze_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    preempt = {"policy": {"drain": "preempt"}}
+    fleet = Fleet(monkeypatch, awake="a", qwen="a")
+    async with running(fleet) as requests:
+        (await requests.served("qwen")).finish.set()
+        server = fleet.server("qwen")
+        server.freezes = False
+        with pytest.raises(BackendUnsupportedError):
+            await fleet.reload(preempt, qwen="a")
+        assert fleet.switcher.max_frozen == 0.0
+        server.freezes = True
+        assert (await fleet.reload(preempt, qwen="a")).settings == ("policy",)
+        assert fleet.switcher.max_frozen == 300.0
+        await fleet.reload(preempt, qwen="a", llama="b")
+        await until_settled(fleet)
+        assert fleet.server("llama").closed == 1  # it was asked before it came in
+
+
+async def test_operators_see_it_and_a_removed_model_is_not_pinned_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, awake="a", qwen="a", llama="b")
+    async with running(fleet) as requests:
+        (await requests.served("qwen")).finish.set()
+        fleet.switcher.pin("qwen")
+        await fleet.reload(llama="b", phi="c")
+        assert fleet.switcher.pinned is None
+        entries = {entry.kind: entry.data for entry in fleet.switcher.journal.since(0)[0]}
+        assert entries["config"] == {"added": ["phi"], "changed": [], "removed": ["qwen"], "settings": []}
+        await requests.send("llama", finish=True).done.wait()
+        await until_settled(fleet)
+        assert fleet.gpu.awake == {"b"}
+
+
+async def test_what_was_measured_of_a_server_is_forgotten_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(monkeypatch, qwen={"url": "http://a", "costs": {"wake": 5}}, llama="b")
+    async with running(fleet):
+        costs = fleet.switcher.statistics().costs
+        assert (costs["qwen"].wake, costs["llama"].wake) == (5.0, None)
+        await fleet.reload(qwen={"url": "http://a", "costs": {"wake": 6}}, llama={"url": "http://c", "costs": {"wake": 7}})
+        await until_settled(fleet)
+        costs = fleet.switcher.statistics().costs
+        assert (costs["qwen"].wake, costs["llama"].wake) == (6.0, 7.0)
+        await fleet.reload(qwen={"url": "http://d", "sleep_level": 2}, llama={"url": "http://c", "costs": {"wake": 7}})
+        await until_settled(fleet)
+        assert fleet.switcher.statistics().costs["qwen"].wake is None

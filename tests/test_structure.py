@@ -52,7 +52,7 @@ LAYERS = [
         "_instruments",
         "telemetry",
     ],
-    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters"],
+    ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters", "_timing"],
     [
         "_body",
         "upstream._protocol",
@@ -101,7 +101,7 @@ LAYERS = [
     ["_responses"],
     ["middleware"],
     ["_realtime"],
-    ["exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
+    ["exposition._first_bytes", "exposition._merge", "exposition._scrape", "exposition._endpoint", "exposition"],
     [
         "admin._gateway",
         "admin._status",
@@ -146,6 +146,7 @@ PURE = [
     "_openai",
     "_errors",
     "_payload",
+    "_timing",
     "_backoff",
 ]
 

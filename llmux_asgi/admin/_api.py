@@ -57,6 +57,7 @@ class AdminApi:
             Route(model, self._model),
             Route("/api/drain", self._drain, methods=["POST"]),
             Route("/api/resume", self._resume, methods=["POST"]),
+            Route("/api/reload", self._reload, methods=["POST"]),
             Route("/api/events", self._events),
             Route("/api/openapi.json", self._openapi),
         ]
@@ -117,6 +118,10 @@ class AdminApi:
         _note(request, "resumes the gateway")
         self._gateway.switcher.resume()
         return _json(status_of(self._gateway))
+
+    async def _reload(self, request: Request) -> Response:
+        _note(request, "has the configuration read anew")
+        return _json(await self._gateway.reload())
 
     async def _events(self, request: Request) -> Response:
         if request.method == "HEAD":

@@ -49,8 +49,6 @@ class AdminApp:
         self._streams = EventStreams(gateway)
         self._files = StaticFiles()
         self._router = Router(AdminApi(gateway, self._streams).routes(), redirect_slashes=False, default=_not_found)
-        limits = gateway.config.limits
-        self._intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
 
     def prepare(self, config: AdminConfig) -> Callable[[], None]:
         """Read the keys of another configuration. Raises `ConfigError`. What is returned changes over to them."""
@@ -72,7 +70,8 @@ class AdminApp:
     def owns(self, scope: Scope) -> bool:
         """Say whether an ASGI connection is the admin API's."""
         path: str = scope["path"]
-        if self._prefix not in path or scope["type"] != "http":  # first what is quick: each request of a client is asked about
+        # First what is quick: each request of a client is asked about. Litestar may take the first slash away.
+        if self._prefix[1:] not in path or scope["type"] != "http":
             return False
         below = route_path(scope)
         return below.startswith(self._prefix) and below[len(self._prefix) : len(self._prefix) + 1] in ("", "/")
@@ -102,13 +101,15 @@ class AdminApp:
             await _refuse(scope, watched, LLMuxError("The gateway met an unexpected error. It is in its log."))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._intake.check(scope["headers"], scope["query_string"])
+        limits = self._gateway.config.limits
+        intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
+        intake.check(scope["headers"], scope["query_string"])
         path = route_path(scope)[len(self._prefix) :]
         if path != "/api" and not path.startswith("/api/"):
             await self._serve_page(path, scope, receive, send)
             return
         operator = self._authenticate(scope)
-        await self._drop_body(scope, receive)
+        await _drop_body(scope, Upload(intake, receive))
         # Nothing that a host has put there: the handlers of errors of a Starlette around it would answer in their own way.
         inner: Scope = {name: scope[name] for name in _ASGI if name in scope}
         inner.update(path=path, root_path="", app=self, **{SCOPE_OPERATOR: operator})
@@ -131,15 +132,6 @@ class AdminApp:
             raise AuthenticationError("The key is one of the clients' too, so it opens no admin API: give operators their own.")
         return identity.name
 
-    async def _drop_body(self, scope: Scope, receive: Receive) -> None:
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        upload = Upload(self._intake, receive)
-        try:
-            if await upload.read(_LARGEST_BODY, announced) is None:
-                raise InvalidRequestError("The client left before its request was complete.")
-        finally:
-            upload.close()
-
     async def _serve_page(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         name = path.removeprefix("/static/") if path.startswith("/static/") else None
         answer = None
@@ -148,7 +140,7 @@ class AdminApp:
                 raise MethodNotAllowedError(scope["method"], path or "/", ("GET", "HEAD"))
             answer = self._files.answer(name or "", Request(scope))
         if answer is None:
-            raise UnknownRouteError(scope["method"], path)
+            raise UnknownRouteError(scope["method"], self._prefix + path, "here its page only, and below /api what needs a key")
         if name is None and not _asks_for_folder(scope):
             # Relative: whatever prefix a host mounts it at, or a proxy strips.
             answer.status_code, answer.body = 302, b""
@@ -167,7 +159,7 @@ def _asks_for_folder(scope: Scope) -> bool:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    raise UnknownRouteError(scope["method"], scope["path"])
+    raise UnknownRouteError(scope["method"], scope["path"], "here what GET /api/openapi.json describes")
 
 
 async def _refuse(scope: Scope, send: Any, exc: LLMuxError) -> None:
@@ -179,3 +171,12 @@ async def _refuse(scope: Scope, send: Any, exc: LLMuxError) -> None:
     headers = [*headers_before_the_body(answer, scope), *more]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": answer.body})
+
+
+async def _drop_body(scope: Scope, upload: Upload) -> None:
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    try:
+        if await upload.read(_LARGEST_BODY, announced) is None:
+            raise InvalidRequestError("The client left before its request was complete.")
+    finally:
+        upload.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..config import Config
+from ..config import Config, ReloadReport
 from ..switcher import ModelSwitcher
 
 __all__ = ["Gateway"]
@@ -27,3 +27,9 @@ class Gateway(Protocol):
 
     def is_client_key(self, key: str) -> bool:
         """Whether a key is one of the clients'."""
+
+    async def reload(self) -> ReloadReport:
+        """Read the configuration anew and go by it.
+
+        Raises `ConfigError` or `BackendUnsupportedError` if it cannot be used: nothing has changed then.
+        """

@@ -7,17 +7,10 @@ from typing import Any
 
 import msgspec
 
+from ..config import ReloadReport
 from ._status import ModelList, ModelStatus, Status
 
 __all__ = ["EVENT_KINDS", "description"]
-
-
-class Changes(msgspec.Struct, frozen=True):
-    """What a reload has changed: models by name."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -77,7 +70,8 @@ EVENT_KINDS: dict[str, dict[str, Any]] = {
     "pin": _strict({"time": _TIME, "model": _NAME_OR_NULL}, "A model was pinned, or none is any more."),
     "drain": _strict({"time": _TIME, "draining": {"type": "boolean"}}, "New requests are refused, or admitted again."),
     "config": _strict(
-        {"time": _TIME, "added": _NAMES, "changed": _NAMES, "removed": _NAMES}, "The configuration was read anew."
+        {"time": _TIME, "added": _NAMES, "changed": _NAMES, "removed": _NAMES, "settings": _NAMES},
+        "The configuration was read anew: models by name, and the other sections that have changed.",
     ),
 }
 """The data of each kind of event."""
@@ -134,6 +128,7 @@ def description() -> dict[str, Any]:
             f"{of_model}/pin": {"post": pin, "delete": on_model("Let a pinned model make way again", "401", "404")},
             "/api/drain": {"post": {**drain, "parameters": [wait]}},
             "/api/resume": {"post": _operation("Admit requests again", "Status", ("401",))},
+            "/api/reload": {"post": _operation("Read the configuration anew", "ReloadReport", ("401", "409", "422"))},
             "/api/events": {"get": {**_events(), "parameters": [last]}},
             "/api/openapi.json": {"get": _described("This description")},
         },
@@ -177,6 +172,6 @@ def _ref(name: str) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     _, found = msgspec.json.schema_components(
-        (Status, ModelList, ModelStatus, Error), ref_template="#/components/schemas/{name}"
+        (Status, ModelList, ModelStatus, ReloadReport, Error), ref_template="#/components/schemas/{name}"
     )
     return {**found, **{f"Event.{kind}": schema for kind, schema in EVENT_KINDS.items()}}

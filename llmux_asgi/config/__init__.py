@@ -31,7 +31,7 @@ from ._access import (
 )
 from ._changes import SERVER_KEYS, ReloadReport, changes, server_part, server_place
 from ._load import ConfigSource, json_schema, load_config, load_keys
-from ._metrics import MetricsConfig
+from ._metrics import MetricsConfig, MetricsKeyConfig
 from ._models import (
     POLICY_PARAMETERS,
     Config,
@@ -67,6 +67,7 @@ __all__ = [
     "LoadingNotice",
     "MemoryConfig",
     "MetricsConfig",
+    "MetricsKeyConfig",
     "ModelConfig",
     "ModelParametersConfig",
     "ParametersConfig",

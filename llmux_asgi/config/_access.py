@@ -15,6 +15,7 @@ from ._values import Name, PositiveInt, ValueConfigError
 
 __all__ = [
     "CLIENT_PATHS",
+    "PREFIX",
     "AccessConfig",
     "AdminConfig",
     "AdminKeyConfig",
@@ -99,7 +100,7 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         if not self.keys:
             raise ValueConfigError("keys", "name at least one key, or leave admin out: without a key nobody could use it")
         segments = self.prefix.split("/")
-        if not _PREFIX.fullmatch(self.prefix) or {".", ".."} & set(segments):
+        if not PREFIX.fullmatch(self.prefix) or {".", ".."} & set(segments):
             raise ValueConfigError("prefix", f"{self.prefix!r} is not a path such as /admin: slashes, letters, digits, . _ ~ -")
         if segments[1] in CLIENT_PATHS:
             raise ValueConfigError("prefix", f"{self.prefix!r} would hide what clients ask for at /{segments[1]}")
@@ -108,7 +109,8 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 CLIENT_PATHS = ("classify", "detokenize", "models", "pooling", "rerank", "score", "tokenize", "v1", "v2")
 """What the paths begin with that clients ask for."""
 
-_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+"""What a path of the gateway's own looks like."""
 
 
 def is_hash(text: str) -> bool:

@@ -49,8 +49,12 @@ def changes(before: Config, after: Config) -> ReloadReport:
     for section in differing:
         if section in _FIXED:
             raise ConfigError(f"$.{section}: cannot be changed while the gateway runs: restart it, or leave that as it was")
-    if (before.admin and before.admin.prefix) != (after.admin and after.admin.prefix):
-        raise ConfigError("$.admin.prefix: cannot be changed while the gateway runs: restart it, or leave that as it was")
+    for where, old, new in (
+        ("admin.prefix", before.admin and before.admin.prefix, after.admin and after.admin.prefix),
+        ("policy.estimates", before.policy.estimates, after.policy.estimates),
+    ):
+        if old != new:
+            raise ConfigError(f"$.{where}: cannot be changed while the gateway runs: restart it, or leave that as it was")
     return ReloadReport(
         added=tuple(name for name in after.models if name not in before.models),
         changed=tuple(name for name, model in after.models.items() if name in before.models and model != before.models[name]),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from ._access import CLIENT_PATHS, SecretConfig
+from ._access import CLIENT_PATHS, PREFIX, KeySource
 from ._values import PositiveSeconds, ValueConfigError
 
-__all__ = ["MetricsConfig"]
+__all__ = ["MetricsConfig", "MetricsKeyConfig"]
 
-_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
+class MetricsKeyConfig(KeySource, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the key for the metrics, or its hash, is read from."""
 
 
 class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,7 +22,7 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     path: Annotated[str, Meta(description="Path below the gateway's own mount point.")] = "/metrics"
     key: Annotated[
-        SecretConfig | None,
+        MetricsKeyConfig | None,
         Meta(description="Key that who reads them has to send; null: a client's key if there is access control, else none."),
     ] = None
     backends: Annotated[
@@ -30,7 +31,7 @@ class MetricsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     timeout: Annotated[PositiveSeconds, Meta(description="Longest wait for those of a server.")] = 2.0
 
     def __post_init__(self) -> None:
-        if not _PATH.fullmatch(self.path) or {".", ".."} & set(self.path.split("/")):
+        if not PREFIX.fullmatch(self.path) or {".", ".."} & set(self.path.split("/")):
             message = f"{self.path!r} is not a path such as /metrics: slashes, letters, digits, . _ ~ -"
             raise ValueConfigError("path", message)
         if (first := self.path.split("/")[1]) in CLIENT_PATHS:

@@ -340,6 +340,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_log: Annotated[
         _Name | None, Meta(description="JSONL file that gets a line for each request that is over; null: none.")
     ] = None
+    timing_headers: Annotated[
+        bool,
+        Meta(description="Whether answers tell in their headers how long the request waited: Server-Timing, x-llmux-*."),
+    ] = False
 
     def __post_init__(self) -> None:
         if not self.models:

@@ -6,8 +6,7 @@ the host's is in there, and nothing of it has to be set up; a meter provider of 
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
@@ -22,12 +21,14 @@ from prometheus_client.registry import Collector
 from starlette.types import Receive, Scope, Send
 
 from .._errors import describe, headers_before_the_body
+from .._instruments import FirstByteTimes
 from .._proxy import Target
-from ..access import ANY_MODEL, SCOPE_GRANT, Grant, find_credential
-from ..config import MetricsConfig, read_secret
+from ..access import ANY_MODEL, SCOPE_GRANT, Grant, KeyRing, find_credential
+from ..config import MetricsConfig
 from ..exceptions import AuthenticationError, LLMuxError, PermissionDeniedError
 from ..middleware import route_path
 from ..upstream import Upstream
+from ._first_bytes import first_byte_family
 from ._merge import merged
 from ._scrape import Scraper
 
@@ -42,15 +43,24 @@ class MetricsEndpoint:
 
     def __init__(self, config: MetricsConfig) -> None:
         self._config = config
-        key = read_secret(config.key, "$.metrics.key") if config.key is not None else None
-        self.has_key = key is not None
-        """Whether it guards itself. If not, it is for the access control to say who may ask, if there is one."""
-        self._digest = _digest(key) if key is not None else b""
+        self._ring = KeyRing("metrics", {"key": config.key}) if config.key is not None else None
         self._registry = CollectorRegistry(auto_describe=False)
         reader = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=self._registry)
         self.provider = MeterProvider([reader], shutdown_on_exit=False, exemplar_filter=AlwaysOffExemplarFilter())
         """What the gateway has to record into."""
+        self.first_bytes = FirstByteTimes()
+        """The times to first byte, which the provider does not get."""
         self._scraper: Scraper | None = None
+
+    @property
+    def has_key(self) -> bool:
+        """Whether it guards itself. If not, it is for the access control to say who may ask, if there is one."""
+        return self._ring is not None
+
+    def reload_keys(self) -> None:
+        """Read the key anew. Raises `ConfigError`, and goes on with the one it had."""
+        if self._ring is not None:
+            self._ring.reload()
 
     def scrape(self, targets: Callable[[], Mapping[str, Target]], upstream: Upstream) -> None:
         """Let the metrics of the servers that `targets` returns, by model, be among them, if that is configured."""
@@ -69,7 +79,7 @@ class MetricsEndpoint:
             answer = describe(exc)
             await _send(send, answer.status, headers_before_the_body(answer, scope), answer.body)
             return
-        families = list(self._registry.collect())
+        families = [*self._registry.collect(), first_byte_family(self.first_bytes)]
         wanted = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("backends") != ["0"]
         answers = await self._scraper.scrape() if self._scraper is not None and wanted else None
         # Servers write the plain format, and not all that it allows is allowed in OpenMetrics, whose encoder moreover writes
@@ -87,11 +97,12 @@ class MetricsEndpoint:
 
     def _authorize(self, scope: Scope) -> None:
         grant: Grant | None = scope.get(SCOPE_GRANT)
-        if self.has_key:
+        if self._ring is not None:
             key = find_credential(scope["headers"])
             if key is None:
                 raise AuthenticationError("The metrics need a key. Send it as authorization: Bearer KEY, or as x-api-key: KEY.")
-            if not hmac.compare_digest(_digest(key), self._digest):
+            self._ring.refresh(time.monotonic())
+            if self._ring.find(key) is None:
                 raise AuthenticationError("The key is not the one for the metrics.")
         elif grant is not None and ANY_MODEL not in grant.identity.models:
             message = f"The key {grant.identity.name!r} may not read the metrics: they tell of all models, and it may use some."
@@ -106,10 +117,6 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return iter(self._families)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 async def _send(send: Send, status: int, headers: Headers, body: bytes) -> None:

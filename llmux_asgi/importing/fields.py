@@ -27,7 +27,7 @@ class Field(msgspec.Struct, frozen=True):
 
 
 _SERVE = "where the gateway listens is said by what serves it: `llmux-asgi serve`, uvicorn"
-_OWN_METRICS = "metrics go through OpenTelemetry: give the gateway a `meter_provider`"
+_OWN_METRICS = "`metrics: {}` has the gateway's at `/metrics`, for Prometheus"
 _LOGS = "logging is the host's: loggers `llmux_asgi` and `llmux_asgi.vllm`"
 _LISTING = "`/v1/models` does not tell it"
 _GPU = "the gateway has no checkpoints: such a model's process is ended, and started again"

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 
 from . import text
 from .gpu import GpuLedger, GpuOutOfMemoryError
+from .metrics import Histogram
 from .options import SimOptions, SimState
 from .sequence import PauseState, Sequence
 from .version import Behaviour
@@ -44,6 +45,7 @@ class Engine:
         self.behaviour = Behaviour.of(options.version)
         self.count: Counter[str] = Counter()
         self.control_calls: Counter[str] = Counter()
+        self.first_token, self.latency = Histogram(), Histogram()
         self.dead = False
         self.withered = False
         self.stop_listening: Callable[[], None] = lambda: None
@@ -76,6 +78,7 @@ class Engine:
         if self.dead:
             raise EngineDeadError
         sequence = Sequence(prompt, total)
+        sequence.arrived = self._loop.time()
         self._waiting.append(sequence)
         self._admit()
         if self.dead:
@@ -147,6 +150,12 @@ class Engine:
             sequence.timer.cancel()
             sequence.timer = None
         self.count["tokens"] += sequence.ready
+        self.count["ended_" + reason] += 1
+        if sequence.started is not None and sequence.ready:
+            rate = self.options.tokens_per_second
+            self.count["prompt_tokens"] += len(sequence.prompt.encode("utf-8", "surrogatepass"))
+            self.first_token.observe(sequence.started + (1 / rate if rate else 0.0) - sequence.arrived)
+            self.latency.observe(self._loop.time() - sequence.arrived)
         if reason == "length":
             self.count["completed"] += 1
         if sequence in self._running:

@@ -13,6 +13,7 @@ from .asgi import read_body, send_body, send_json
 from .engine import Engine
 from .faults import FaultPlan
 from .generate import check_model, conversation, decode, required, strike, tokens_of
+from .metrics import exposition
 from .routes import Query, Table
 from .wire import new_id
 
@@ -93,22 +94,8 @@ class Info:
         await send_json(send, {"object": "list", "data": [card]})
 
     async def _metrics(self, query: Query, receive: Receive, send: Send) -> None:
-        name = self._options.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        labels = f'engine="0",model_name="{name}"'
-        running, waiting = self._engine.running_and_waiting()
-        if self._engine.paused and not running:
-            waiting = 0  # vLLM writes these when the engine steps: requests that came since then are not seen
-        lines = [
-            "# TYPE vllm:num_requests_running gauge",
-            f"vllm:num_requests_running{{{labels}}} {running}.0",
-            "# TYPE vllm:num_requests_waiting gauge",
-            f"vllm:num_requests_waiting{{{labels}}} {waiting}.0",
-            "# TYPE vllm:engine_sleep_state gauge",
-        ]
-        states = ("awake", "weights_offloaded", "discard_all")
-        for state, value in zip(states, self._engine.sleep_metric(), strict=True):
-            lines.append(f'vllm:engine_sleep_state{{{labels},sleep_state="{state}"}} {value}.0')
-        await send_body(send, 200, b"text/plain; version=0.0.4; charset=utf-8", "\n".join([*lines, ""]).encode())
+        text_format = b"text/plain; version=0.0.4; charset=utf-8"
+        await send_body(send, 200, text_format, exposition(self._engine).encode())
 
     async def _openapi(self, query: Query, receive: Receive, send: Send) -> None:
         paths: dict[str, dict[str, object]] = {}

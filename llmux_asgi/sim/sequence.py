@@ -25,11 +25,12 @@ class Sequence:
     Reasons: `length`, `abort`, `error` (the engine died), `gone` (the client left).
     """
 
-    __slots__ = ("changed", "finish", "prompt", "ready", "started", "timer", "tokens", "total")
+    __slots__ = ("arrived", "changed", "finish", "prompt", "ready", "started", "timer", "tokens", "total")
 
     def __init__(self, prompt: str, total: int) -> None:
         self.prompt = prompt
         self.total = total
+        self.arrived = 0.0
         self.tokens: list[int] = []  # drawn when it starts: they depend on the weights then
         self.ready = 0  # tokens generated; exact only once finished
         self.started: float | None = None  # loop time at which the first token's prefill was over

@@ -15,7 +15,7 @@ from starlette.types import Message
 from llmux_asgi import FifoPolicy, ModelSwitcher, load_config
 from llmux_asgi.access import hash_key
 from llmux_asgi.admin import AdminApp
-from llmux_asgi.config import Config
+from llmux_asgi.config import Config, ReloadReport
 from tests.support.fakes import GPU, FakeBackend, StoppableFake
 
 __all__ = ["CLIENT_KEY", "KEY", "LIMIT", "Answer", "Client", "Stage", "events_of"]
@@ -113,6 +113,10 @@ class Stage:
 
     def is_client_key(self, key: str) -> bool:
         return key == CLIENT_KEY
+
+    async def reload(self) -> ReloadReport:
+        """There is no file here to read anew; `test_reload.py` has one."""
+        return ReloadReport()
 
     def scope(self, method: str, path: str, query: str = "", **headers: str) -> Message:
         pairs = {"authorization": f"Bearer {KEY}", **headers}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from llmux_asgi import BackendError
@@ -16,7 +18,7 @@ from tests.admin.stage import Stage, events_of
 
 pytestmark = pytest.mark.anyio
 
-DESCRIPTION = description()
+DESCRIPTION = json.loads(msgspec.json.encode(description()))
 
 
 @pytest.fixture
@@ -63,6 +65,7 @@ async def test_answers_are_as_described() -> None:
         ("POST", "/api/models/{model}/stop", "a", 409),
         ("POST", "/api/drain", "", 200),
         ("POST", "/api/resume", "", 200),
+        ("POST", "/api/reload", "", 200),
     ):
         answer = await stage.ask(method, path.replace("{model}", model))
         assert answer.status == status, (method, path, model)
@@ -89,7 +92,7 @@ async def test_events_are_as_described() -> None:
     stage.backends["org/c"].fail("wake", BackendError("why"), times=2)
     for call in ("models/b/wake", "models/org/c/wake", "models/b/pin", "drain", "models/b/stop", "resume"):
         await stage.ask("POST", f"/api/{call}")
-    stage.switcher.journal.write("config", added=["d"], changed=[], removed=[])
+    stage.switcher.journal.write("config", added=["d"], changed=[], removed=[], settings=["policy"])
     async with stage.connected("GET", "/api/events") as client:
         await client.until(lambda body: b"event: config" in body)
     seen = set()

@@ -66,6 +66,15 @@ async def test_without_its_slash_the_page_is_redirected_to_relatively(stage: Sta
     assert _app._asks_for_folder({**scope, "raw_path": None})
 
 
+def test_it_owns_what_is_below_its_prefix_and_nothing_else(stage: Stage) -> None:
+    for path in ("/llm/admin", "/llm/admin/", "/llm/admin/api/status", "/llm/admin/v1/chat/completions"):
+        assert stage.admin.owns({"type": "http", "path": path, "root_path": "/llm"}), path
+    assert stage.admin.owns({"type": "http", "path": "admin/", "root_path": ""})  # as Litestar has it at its root
+    for path in ("/llm/v1/models", "/llm/administrator", "/llm/v1/admin/api", "/llm//admin", "/llm/ADMIN"):
+        assert not stage.admin.owns({"type": "http", "path": path, "root_path": "/llm"}), path
+    assert not stage.admin.owns({"type": "websocket", "path": "/llm/admin", "root_path": "/llm"})
+
+
 async def test_files_of_other_kinds_and_the_folders_are_not_there(stage: Stage) -> None:
     for path in ("/static/notes.md", "/static/", "/static/deeper", "/static/../_app.py", "/static//index.html", "/index.html"):
         assert (await stage.ask("GET", path)).status == 404

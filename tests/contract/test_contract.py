@@ -116,6 +116,24 @@ def test_the_metrics_do_not_count_requests_that_wait_for_the_wake_up(vllm: Drive
     assert stream.end().finish_reason == "length"
 
 
+def test_the_metrics_count_requests_tokens_and_the_time_to_the_first_one(vllm: Driver) -> None:
+    def counts() -> list[float | None]:
+        success = vllm.metric("vllm:request_success_total", 'finished_reason="length"')
+        names = (
+            "vllm:generation_tokens_total",
+            "vllm:time_to_first_token_seconds_count",
+            "vllm:e2e_request_latency_seconds_count",
+        )
+        return [success, *map(vllm.metric, names)]
+
+    vllm.complete(5)
+    eventually("there are counts", lambda: None not in counts())
+    before = counts()
+    vllm.complete(5)
+    expected = [each + more for each, more in zip(before, (1, 5, 1, 1), strict=True) if each is not None]
+    eventually("they have grown", lambda: counts() == expected)
+
+
 def test_sleep_level_2_has_no_effect_on_a_level_1_sleeper(vllm: Driver) -> None:
     before = vllm.complete()
     vllm.sleep("level=1")

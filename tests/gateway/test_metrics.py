@@ -6,10 +6,17 @@ import sys
 from typing import Any
 
 import pytest
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics import MeterProvider
+from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from llmux_asgi import ConfigError, Identity, LLMuxApp
+from llmux_asgi._instruments import FirstByteTimes
+from llmux_asgi.access import hash_key
+from llmux_asgi.exposition._first_bytes import first_byte_family
+from llmux_asgi.telemetry import Telemetry
 from tests.gateway.conftest import gateway
 from tests.gateway.scripts import echo
 from tests.support.serve import EventLoop
@@ -101,6 +108,8 @@ def test_prometheus_and_openmetrics_are_answered_and_nothing_of_a_server_is_aske
     )
     assert found[duration] == 1
     assert found[sample("llmux_server_state", llmux_model="b", llmux_server_state="awake")] == 1
+    first_byte = {"llmux_model": "a", "llmux_streamed": "false"}
+    assert found[sample("llmux_request_time_to_first_byte_seconds_count", **first_byte)] == 1
     assert opened.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     assert openmetrics(opened.text) == {family.name for family in parse(text.text)}
     assert head.status_code == 200
@@ -149,10 +158,11 @@ def test_a_server_that_is_not_there_is_down_and_a_router_is_not_asked() -> None:
 
 
 def test_with_a_key_nobody_reads_the_metrics_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METRICS_KEY", "the-key-for-metrics")
     monkeypatch.setenv("CLIENT_KEY", "the-key-of-a-client")
     access = {"keys": {"client": {"env": "CLIENT_KEY"}}}
-    with gateway("asyncio", metrics={"path": "/own", "key": {"env": "METRICS_KEY"}}, access=access) as running:
+    with gateway(
+        "asyncio", metrics={"path": "/own", "key": {"hash": hash_key("the-key-for-metrics")}}, access=access
+    ) as running:
 
         def ask(headers: dict[str, str], path: str = "/own") -> int:
             return running.client.get(path, headers=headers).status_code
@@ -168,6 +178,7 @@ def test_with_a_key_nobody_reads_the_metrics_without_it(monkeypatch: pytest.Monk
             assert answer.headers["www-authenticate"] == "Bearer"
             assert "llmux_" not in answer.text
         assert ask({"authorization": "Bearer the-key-for-metrics"}) == 200
+        running.app.reload_keys()
         assert ask({"x-api-key": "the-key-for-metrics"}) == 200
         assert ask({"authorization": "Bearer the-key-for-metrics"}, "/v1/models") == 401
         assert ask({"authorization": "Bearer the-key-of-a-client"}, "/metrics") == 404
@@ -182,6 +193,28 @@ def test_without_a_key_access_control_guards_the_metrics_and_who_may_use_some_mo
         answers = {who: running.client.get("/metrics", headers={"who": who}) for who in ("all", "some", "nobody")}
     assert {who: answer.status_code for who, answer in answers.items()} == {"all": 200, "some": 403, "nobody": 401}
     assert answers["some"].json()["error"]["code"] == "metrics_not_allowed"
+
+
+def test_the_times_to_first_byte_are_shown_as_the_exporter_would_show_them() -> None:
+    """The gateway adds them up by itself."""
+    registry = CollectorRegistry()
+    official = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=registry)
+    telemetry = Telemetry(meter_provider=MeterProvider([official], shutdown_on_exit=False))
+    own = FirstByteTimes()
+    for model, seconds, streamed in (("a", 0.005, True), ("a", 0.3, True), ("a", 1e9, True), ("b", 0.0, False)):
+        telemetry.first_byte(model, seconds, streamed=streamed)
+        own.record(seconds, {"llmux.model": model, "llmux.streamed": streamed})
+    (expected,) = registry.collect()
+    family = first_byte_family(own)
+    assert (family.name, family.documentation, family.type, family.unit) == (
+        expected.name,
+        expected.documentation,
+        expected.type,
+        expected.unit,
+    )
+    assert [(each.name, each.labels, each.value) for each in family.samples] == [
+        (each.name, each.labels, each.value) for each in expected.samples
+    ]
 
 
 def test_two_gateways_in_one_process_each_tell_their_own(loop: EventLoop) -> None:

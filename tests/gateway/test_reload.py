@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 from starlette.applications import Starlette
@@ -70,38 +72,52 @@ def test_no_request_is_lost_while_models_come_go_and_change(
         {"one": "y", "two": "z", "three": "x"},  # each another one
     ]
     llm = LLMuxApp(config(**steps[0]))
-    statuses: list[tuple[str, int]] = []
+    answers: list[tuple[str, int, str]] = []
 
     async def main(client: httpx.AsyncClient) -> None:
         names, over, answered = list(steps[0]), False, anyio.Event()
+        under_way: Counter[str] = Counter()
 
         async def ask(number: int) -> None:
             nonlocal answered
             while not over:
                 name = names[number % len(names)]
                 number += 1
-                body = {"model": name, "prompt": "go", "max_tokens": 10, "stream": True}
+                body = {"model": name, "prompt": "go", "max_tokens": 6, "stream": True}
+                under_way[name] += 1
                 response = await client.post("/llm/v1/completions", json=body)
-                statuses.append((name, response.status_code if response.text.endswith("data: [DONE]\n\n") else 0))
+                under_way[name] -= 1
+                answers.append((name, response.status_code, response.text[-14:] if response.is_success else response.text))
                 answered.set()
                 answered = anyio.Event()
 
         async def until_answered(count: int) -> None:
-            goal = len(statuses) + count
-            while len(statuses) < goal:
+            goal = len(answers) + count
+            while len(answers) < goal:
                 await answered.wait()
+
+        async def until_arrived(name: str) -> None:
+            def there() -> int:
+                statistics = llm.switcher.statistics()
+                return statistics.in_flight[name] + statistics.waiting[name]
+
+            while there() != under_way[name]:
+                await anyio.lowlevel.checkpoint()
 
         async with anyio.create_task_group() as tasks:
             for number in range(5):
                 tasks.start_soon(ask, number)
             for step in steps[1:]:
-                await until_answered(12)
+                await until_answered(8)
                 # Who has asked under a name that goes is served; nobody asks under it from now on.
+                gone = [name for name in names if name not in step]
                 names[:] = [name for name in names if name in step]
+                for name in gone:
+                    await until_arrived(name)
                 answer = await client.post("/reload", json=config(**step))
                 assert answer.status_code == 200
                 names[:] = step
-            await until_answered(12)
+            await until_answered(8)
             over = True
 
     async def run(url: httpx.URL) -> None:
@@ -110,7 +126,8 @@ def test_no_request_is_lost_while_models_come_go_and_change(
 
     with reloadable(llm, loop) as host:
         anyio.run(run, host.base_url)
-        assert set(statuses) == {(name, 200) for step in steps for name in step}
+        assert [answer for answer in answers if answer[1:] != (200, "data: [DONE]\n\n")] == []
+        assert {name for name, _, _ in answers} == {name for step in steps for name in step}
         eventually("all servers are the new ones", lambda: llm.switcher.statistics().unsettled == ())
         assert is_at_rest(llm)
         assert llm.switcher.statistics().failures == 0

@@ -6,7 +6,13 @@ from collections import deque
 
 import anyio
 
-from llmux_asgi import BackendState, BackendTimeoutError, BackendUnreachableError, BackendUnsupportedError
+from llmux_asgi import (
+    BackendState,
+    BackendTimeoutError,
+    BackendUnreachableError,
+    BackendUnsupportedError,
+    TimeoutsConfig,
+)
 from llmux_asgi.exceptions import BackendStartError
 
 
@@ -60,6 +66,8 @@ class FakeBackend:
         self.in_flight = 0
         self.levels: list[int] = []
         self.closed = 0
+        self.tuned: list[tuple[float, bool]] = []
+        """The limits of a wake and whether it is to freeze requests, as it was told after it was built."""
         self.asked = 0
         if awake:
             gpu.awake.add(name)
@@ -140,6 +148,9 @@ class FakeBackend:
 
     async def ready(self) -> None:
         await self._step("ready")
+
+    def retune(self, timeouts: TimeoutsConfig, *, freezes: bool) -> None:
+        self.tuned.append((timeouts.wake, freezes))
 
     async def aclose(self) -> None:
         await self._step("aclose")

@@ -38,7 +38,7 @@ class Fleet(Pool):
         self._stoppable = stoppable
 
         def build(name: str, model: ModelConfig, *, sleep_level: int, freezes: bool = False) -> FakeBackend:
-            host = urlsplit(model.address).netloc
+            host = urlsplit(model.address).hostname or ""
             kind = StoppableFake if host in self._stoppable else FakeBackend
             self.built.append(kind(host, self.gpu))
             return self.built[-1]
