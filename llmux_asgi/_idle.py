@@ -62,6 +62,5 @@ class IdleSleep:
         self._timer = None
         self.watch()  # again, in case that it is not due yet, or cannot be done
         model = self._state.active
-        # Where something is in doubt, the servers are asked before the order is carried out, or is not.
-        if model is not None and (self.is_due(model) or self._state.mode is Mode.UNKNOWN):
+        if model is not None and self.is_due(model):
             self._order(Order(OrderKind.IDLE, model, self.is_due))

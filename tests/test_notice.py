@@ -264,7 +264,8 @@ async def test_on_chat_events_show_how_far_things_are() -> None:
     await scene.run(scene.noticed_and_woken)
     chunk = json.loads(scene.parts[0][6:])
     assert (chunk["object"], chunk["model"], chunk["llmux"]["state"]) == ("chat.completion.chunk", "b", "wake")
-    assert "it is being loaded" in chunk["choices"][0]["delta"]["reasoning_content"]
+    text = chunk["choices"][0]["delta"]["reasoning_content"]
+    assert text == "Waiting for b (0 s so far): it is being loaded. About 5 s to go.\n"  # and nothing of other models
     scene = Scene(loading_notice="events", path="/v1/responses")  # its events have an order that nothing else fits into
     await scene.run(scene.noticed_and_woken)
     assert scene.parts[0].startswith(b": ")

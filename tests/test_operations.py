@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -27,6 +28,7 @@ from llmux_asgi import (
     SwitchError,
     UnknownModelError,
 )
+from llmux_asgi._orders import Order, OrderKind
 from llmux_asgi.telemetry import Telemetry
 from tests.support.pool import Pool, Runner, running, until_frozen, until_phase, until_waiting
 
@@ -203,6 +205,47 @@ async def test_a_policy_that_fails_before_a_sleep_leaves_everything_as_it_was() 
         (await run.served("a")).finish.set()
         assert [error.kind for error in pool.switcher.statistics().errors] == ["PolicyError"]
     assert pool.gpu.events == []
+
+
+async def test_a_policy_that_fails_before_a_sleep_costs_those_nothing_who_came_meanwhile() -> None:
+    fail = anyio.Event()
+
+    class Faulty(FifoPolicy):
+        async def prepare_switch(self, context: SwitchContext) -> None:
+            await fail.wait()
+            raise ZeroDivisionError
+
+    pool = Pool(Faulty(min_active_duration=0), awake="a")
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        call = Call(run, lambda: pool.switcher.sleep("a"))
+        await until_phase(pool, Phase.DRAIN)
+        late = run.send("a", finish=True)
+        await until_waiting(pool, "a", 1)
+        fail.set()
+        await late.done.wait()
+        await call.done.wait()
+        assert (type(call.error), late.error) == (PolicyError, None)
+
+
+async def test_an_unexpected_error_is_told_to_whoever_has_given_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(awake="a")
+    async with running(pool) as run:
+        (await run.served("a")).finish.set()
+        with monkeypatch.context() as patch:
+            patch.setattr(pool.switcher._driver, "exclusively", None)
+            first = Call(run, lambda: pool.switcher.sleep("a"))
+            second = Call(run, lambda: pool.switcher.sleep("a"))
+            await first.done.wait()
+            await second.done.wait()
+        assert {type(call.error) for call in (first, second)} == {OperationError}
+        await pool.switcher.sleep("a")
+
+
+async def test_an_idle_sleep_belongs_to_nobodys_trace() -> None:
+    with TracerProvider().get_tracer("host").start_as_current_span("request") as span:
+        assert trace.get_current_span(Order(OrderKind.SLEEP, "a").context) is span
+        assert not trace.get_current_span(Order(OrderKind.IDLE, "a").context).get_span_context().is_valid
 
 
 async def test_the_servers_are_asked_before_a_first_sleep_and_if_they_give_no_answer_it_is_not_done() -> None:
@@ -558,3 +601,8 @@ async def test_the_time_is_shared_out_into_serving_switching_and_idle() -> None:
         await waiting.done.wait()
         now += 1.0  # idle
         assert pool.switcher.statistics().shares == {"serving": 30.0, "switching": 100.0, "idle": 2.0}
+        third = pool.switcher.try_acquire("b")
+        assert third is not None
+        now += 5.0  # serving
+        assert pool.switcher.statistics().shares == {"serving": 35.0, "switching": 100.0, "idle": 2.0}
+        third.release()

@@ -77,14 +77,26 @@ def test_an_operator_sees_and_steers_a_real_gateway(gateway: tuple[str, list[str
     assert httpx.post(f"{url}/completions", json=ask, timeout=30).status_code == 503
     assert told("resume", *options)["draining"] is False
 
+    config = Path(options[1])
+    written = json.loads(config.read_text())
+    written["models"]["llama"]["aliases"] = ["small"]
+    config.write_text(json.dumps(written))
+    assert told("reload", *options)["changed"] == ["llama"]
+    assert told("models", *options)["models"][1]["aliases"] == ["small"]
+    config.write_text("{")
+    status, text = run("reload", "--key-file", str(config.with_name("key")), "--url", f"{options[3]}/ops")
+    assert (status, text.count("\n"), "not valid JSON" in text) == (2, 1, True)
+    config.write_text(json.dumps(written))
+
     status, text = run("events", "--no-follow", "--json", *options)
     events = [json.loads(line) for line in text.splitlines()]
     kinds = [each["event"] for each in events]
     assert status == 0
-    assert {"switch", "phase", "switched", "model", "pin", "drain"} <= set(kinds)
-    assert kinds[-2:] == ["drain", "drain"]
-    status, text = run("events", "--no-follow", "--since", events[-2]["id"], *options)
-    assert text.split(" ", 1)[1] == "requests are taken again\n"
+    assert {"switch", "phase", "switched", "model", "pin", "drain", "config"} <= set(kinds)
+    before = next(each["id"] for each in events if each["event"] == "drain")
+    status, text = run("events", "--no-follow", "--since", before, *options)
+    assert text.splitlines()[0].split(" ", 1)[1] == "requests are taken again"
+    assert "new configuration: changed llama" in text
     status, text = run("events", "--no-follow", *options)
     assert "qwen → llama begins: " in text
     assert "qwen → llama completed after" in text

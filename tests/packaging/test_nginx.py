@@ -93,7 +93,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     gpu = str(folder / "gpu")
     with start_sims(*(SimOptions(name=name, gpu=gpu, start_asleep=1, tokens_per_second=2) for name in names)) as sims:
         config = folder / "llmux.json"
-        config.write_bytes(msgspec.json.encode({"models": {sim.name: {"url": sim.url} for sim in sims}}))
+        config.write_bytes(
+            msgspec.json.encode({"models": {sim.name: {"url": sim.url} for sim in sims}, "limits": {"heartbeat": 0.5}})
+        )
         with (
             served(str(config), "--port", "0") as (gateway, _),
             running_nginx(folder, gateway.removeprefix("http://").removesuffix("/v1")) as url,
@@ -126,7 +128,7 @@ def test_a_stream_comes_piece_by_piece_and_a_client_that_leaves_ends_it(site: Si
         assert answer.headers["content-type"].startswith("text/event-stream")
         began = time.monotonic()
         lines = answer.iter_lines()
-        assert next(lines).startswith("data: {")
+        assert next(line for line in lines if line and not line.startswith(":")).startswith("data: {")
         assert time.monotonic() - began < 5
         assert qwen.state().running == 1
     eventually("the server stops generating", lambda: qwen.state().running == 0)
@@ -135,6 +137,18 @@ def test_a_stream_comes_piece_by_piece_and_a_client_that_leaves_ends_it(site: Si
 def test_a_stream_has_its_end(client: httpx.Client) -> None:
     with client.stream("POST", "/v1/completions", json=completion("qwen", 2, stream=True)) as answer:
         assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
+
+
+def test_signs_of_life_go_through_while_a_request_waits(client: httpx.Client) -> None:
+    """It waits for the other model's answer, of three seconds."""
+    with client.stream("POST", "/v1/completions", json=completion("qwen", 6, stream=True)) as running:
+        lines = running.iter_lines()
+        assert next(line for line in lines if line and not line.startswith(":")).startswith("data: {")
+        with client.stream("POST", "/v1/completions", json=completion("org/llama", 1, stream=True)) as waiting:
+            seen = [line for line in waiting.iter_lines() if line]
+        assert "data: [DONE]" in list(lines)
+    assert [line[0] for line in seen].count(":") >= 2
+    assert seen[-1] == "data: [DONE]"
 
 
 def test_a_websocket_goes_through(site: Site) -> None:

@@ -105,6 +105,28 @@ def test_stop_is_there_for_managed_servers_only_and_asks_first(browser: Browser,
         expect(page.locator("[data-model=managed]")).to_have_attribute("data-state", "stopped")
 
 
+def test_reload_brings_a_new_model_and_a_bad_configuration_changes_nothing(browser: Browser, gateway: Gateway) -> None:
+    gateway.models["later"] = {**gateway.models["qwen"], "url": "http://127.0.0.1:9"}
+    gateway.write()
+    try:
+        with opened(browser, gateway.url, troubles=True) as page:
+            reload = page.get_by_role("button", name="Reload configuration")
+            reload.click()
+            said(page, "The configuration was reloaded: added later.")
+            expect(page.locator("[data-model=later]")).to_be_visible()
+            gateway.models["later"]["url"] = "not a URL"
+            gateway.write()
+            reload.click()
+            said(page, "Reloading the configuration failed (4")
+            del gateway.models["later"]
+            gateway.write()
+            reload.click()
+            said(page, "removed later.")
+            expect(page.locator("[data-model=later]")).to_have_count(0)
+    finally:
+        gateway.models.pop("later", None)
+
+
 def test_counts_show_what_runs_and_what_waits(browser: Browser, gateway: Gateway) -> None:
     admin(gateway, "POST", "models/qwen/pin")
     try:

@@ -10,8 +10,9 @@ export class History {
   /** Id of the last entry, and of which process. */
   epoch = "";
   last = 0;
-  /** Since when it is known what happened. */
+  /** Since when it is known what happened: in this process of the gateway, and in any. */
   begin = null;
+  first = null;
   /** The last moment that was heard of. */
   heard = null;
   switches = [];
@@ -40,6 +41,7 @@ export class History {
     else if (number > this.last + 1 && this.last) this.#missed(entry.time);
     this.last = number;
     this.begin ??= number === 1 ? Math.min(this.#started ?? entry.time, entry.time) : entry.time;
+    this.first ??= this.begin;
     this.#hear(entry.time);
     const { time } = entry;
     switch (kind) {
@@ -82,6 +84,7 @@ export class History {
     if (status.epoch !== this.epoch) this.#restart(status.epoch, status.started);
     this.#started = status.started;
     if (this.begin === null && status.last_event === 0) this.begin = status.started;
+    this.first ??= this.begin;
     const known = status.last_event <= this.last;
     for (const model of status.models) {
       const row = this.row(model.name);

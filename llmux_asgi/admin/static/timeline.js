@@ -179,8 +179,8 @@ export class Timeline {
       });
     });
     for (const gap of history.gaps) each([gap], (item, left, wide) => this.#paint(context, "gap", left, 0, wide, lanes.length * this.#lane));
-    if (history.begin !== null && history.begin > start && !history.gaps.length) {
-      this.#paint(context, "gap", 0, 0, Math.min(width, x(history.begin)), lanes.length * this.#lane);
+    if (history.first !== null && history.first > start) {
+      this.#paint(context, "gap", 0, 0, Math.min(width, x(history.first)), lanes.length * this.#lane);
     }
     for (const mark of history.marks) {
       if (mark.time < start || mark.time > end) continue;
