@@ -70,7 +70,7 @@ types: $(VENV)/.lint ## mypy, strict
 
 docs: $(VENV)/.docs ## build the documentation into site/, and look where its links lead
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@$(BIN)/python -m tests.site site
+	@$(BIN)/python -m tests.links site
 
 clean: ## remove what was built or installed here
 	rm -rf $(VENV) site dist build .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

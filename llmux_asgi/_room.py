@@ -54,7 +54,7 @@ class WaitingRoom:
                 self._nobody_waits(model)
         elif self.state.release(model, now := self._clock(), head_start) and model == self.state.active:
             self.drained.set()
-            self.shares.note(now)
+            self.shares.served_the_last(now)
         if self._released is not None:
             self._released.set()
         self.changed.set()

@@ -206,7 +206,7 @@ class ModelSwitcher:
         if not self._state.try_admit(name, head_start):
             return None
         if self._room.shares.idle:
-            self._room.shares.note(self._clock())
+            self._room.shares.begin_to_serve(self._clock())
         return Lease(self, self._room.activation, name, head_start=head_start)
 
     async def acquire(self, model: str, *, timeout: float | None = None, priority: str | None = None) -> Lease:

@@ -14,7 +14,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from llmux_asgi import BackendError, BackendTimeoutError, FifoPolicy, LLMuxError, Mode, QueueFullError
+from llmux_asgi import BackendError, BackendTimeoutError, FifoPolicy, LLMuxError, Mode, Phase, QueueFullError
 from tests.support.fakes import Gate
 from tests.support.pool import Pool, Request
 
@@ -137,6 +137,10 @@ class Walk:
         gpu, statistics = self.pool.gpu, self.pool.switcher.statistics()
         assert gpu.violations == []
         assert sum(statistics.waiting.values()) <= MAX_WAITING
+        assert abs(sum(statistics.shares.values()) - self.now) < 1e-6
+        shares, switching = self.pool.switcher._room.shares, statistics.phase not in (None, Phase.COOLDOWN)
+        assert shares.switching is switching
+        assert shares.idle is (not switching and not statistics.in_flight.get(statistics.active_model or "", 0))
         if statistics.mode is Mode.ACTIVE:
             active = self.pool.backends[statistics.active_model or ""]
             assert active.name in gpu.awake or not active.reachable
