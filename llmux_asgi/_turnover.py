@@ -16,6 +16,7 @@ from functools import partial
 import anyio
 
 from ._driver import Driver
+from ._journal import Journal
 from ._orders import Order, OrderKind
 from ._room import WaitingRoom
 from ._servers import Servers
@@ -67,6 +68,7 @@ class Turnover:
         room: WaitingRoom,
         servers: Servers,
         driver: Driver,
+        journal: Journal,
         sleep_level: Callable[[str], int],
         clock: Callable[[], float],
         settled: Callable[[str], None],
@@ -75,6 +77,7 @@ class Turnover:
         self._state = room.state
         self._servers = servers
         self._driver = driver
+        self._journal = journal
         self._sleep_level = sleep_level
         self._clock = clock
         self._settled = settled
@@ -269,4 +272,5 @@ class Turnover:
         self._failures[model] = _Failure(pause, self._clock() + pause)
         what = "replaced" if model in self.next else "removed"
         text = "the old server of the %s model %r is not confirmed out of memory, it is tried again in %.0f s: %s"
+        self._journal.error(model, type(exc).__name__, f"the old server is not confirmed out of memory: {exc}")
         logger.error(text, what, model, pause, exc, exc_info=None if isinstance(exc, BackendError) else exc)

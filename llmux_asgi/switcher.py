@@ -139,7 +139,9 @@ class ModelSwitcher:
         self._idle = IdleSleep(ttls or {}, self._state, clock, self._driver.order)
         self._room.settled = self._idle.watch
         self.reloader = Reloader(self)
-        self._turnover = Turnover(self._room, self._servers, self._driver, self._sleep_level, clock, self.reloader.has_settled)
+        self._turnover = Turnover(
+            self._room, self._servers, self._driver, self.journal, self._sleep_level, clock, self.reloader.has_settled
+        )
         reference = weakref.ref(self)
         self.telemetry.observe(lambda: switcher.statistics() if (switcher := reference()) is not None else None)
         self._closers = 0

@@ -192,6 +192,7 @@ async def test_a_server_that_is_not_confirmed_out_of_memory_keeps_the_new_one_ou
         await waits.done.wait()
         assert waits.server == "b"
     assert "the old server of the replaced model 'qwen' is not confirmed out of memory" in caplog.text
+    assert "is not confirmed out of memory" in fleet.switcher.statistics().last_errors["qwen"].message
 
 
 async def test_a_configuration_that_is_taken_back_in_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,17 @@ def test_each_key_of_a_model_belongs_to_its_server_or_is_a_setting_that_can_chan
 def test_each_section_can_change_or_is_refused() -> None:
     """A new section fails here: see that `LLMuxApp.reload` takes it over, or that `changes` refuses it."""
     sections = {field.encode_name for field in msgspec.structs.fields(Config)}
-    taken_over = {"models", "priorities", "policy", "limits", "access", "admin", "loading_notice", "request_log"}
+    taken_over = {
+        "models",
+        "priorities",
+        "policy",
+        "limits",
+        "access",
+        "admin",
+        "loading_notice",
+        "request_log",
+        "timing_headers",
+    }
     assert sections == {*taken_over, "memory", "metrics"}
 
 
