@@ -129,7 +129,7 @@ def test_no_request_is_lost_while_models_come_go_and_change(
         assert [answer for answer in answers if answer[1:] != (200, "data: [DONE]\n\n")] == []
         assert {name for name, _, _ in answers} == {name for step in steps for name in step}
         eventually("all servers are the new ones", lambda: llm.switcher.statistics().unsettled == ())
-        assert is_at_rest(llm)
+        eventually("nothing is under way", lambda: is_at_rest(llm))
         assert llm.switcher.statistics().failures == 0
     assert ledger.max_awake() == 1
     assert not [event for event in ledger.events() if event.event == "request_while_asleep"]
