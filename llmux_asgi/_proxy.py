@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio
-import msgspec
 from opentelemetry import trace
 from starlette.types import Message, Receive, Scope, Send
 
@@ -28,11 +25,12 @@ from ._openai import (
 from ._payload import payload
 from ._routes import Address, ErrorShape
 from ._spawn import Later
+from ._target import Target
 from ._waiting import Cancellable, SendWatch
-from .config import ModelConfig, TimeoutsConfig, read_secret
+from .config import ModelConfig
 from .exceptions import InterruptedRequestError, LLMuxError, QueueTimeoutError, UpstreamError
 from .telemetry import failed, inject_headers
-from .upstream import Http1Upstream, Origin, Upstream, UpstreamFault, UpstreamResponse
+from .upstream import Http1Upstream, Upstream, UpstreamFault, UpstreamResponse
 from .upstream._protocol import running_loop
 
 logger = logging.getLogger(__name__)
@@ -116,30 +114,6 @@ class Proxy:
         for relay in self._relays:
             relay.cancel()
         await self.upstream.aclose()
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the requests for one model go."""
-
-    origin: Origin
-    prefix: bytes
-    served_name: str
-    timeouts: TimeoutsConfig
-    retry: bool
-    authorization: bytes | None = field(repr=False)
-    """The server's own; `None`: the client's is passed on, if there is one."""
-
-    @classmethod
-    def of(cls, name: str, model: ModelConfig, max_frozen: float) -> Target:
-        parts = urlsplit(model.address)
-        prefix = parts.path.rstrip("/").encode("ascii")
-        timeouts = model.timeouts
-        if timeouts.read is not None:
-            timeouts = msgspec.structs.replace(timeouts, read=timeouts.read + max_frozen)
-        key = read_secret(model.api_key, f"$.models.{name}.api_key") if model.api_key is not None else None
-        authorization = f"Bearer {key}".encode("ascii") if key is not None else None
-        return cls(Origin(model.address), prefix, model.served_name or name, timeouts, model.retry, authorization)
 
 
 class _Clients:

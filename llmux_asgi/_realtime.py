@@ -22,8 +22,8 @@ from ._errors import describe
 from ._json_body import read_json, with_json_model
 from ._lease import Freeze, Lease
 from ._openai import PRIORITY_HEADER, relayed_request_headers
-from ._proxy import Target
 from ._routes import Address, model_in_query
+from ._target import Target
 from ._websocket import SocketClosed, UpstreamSocket, connect_websocket
 from .access import SCOPE_GRANT, Grant
 from .exceptions import InvalidRequestError, LLMuxError, UnknownModelError, UpstreamError

@@ -9,24 +9,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import astuple, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
-import msgspec
 from starlette.types import Receive, Scope, Send
 
-from ._errors import describe, headers_before_the_body
+from ._answers import answer_json, refuse, run_lifespan
 from ._memory import MemoryGauge
 from ._notice import Notices
-from ._openai import Headers
 from ._parameters import Parameters
-from ._proxy import Proxy, Target
+from ._proxy import Proxy
 from ._realtime import Realtime, refuse_websocket
 from ._request_log import RequestLog
 from ._responses import ResponseModels
 from ._routes import (
     Address,
-    ErrorShape,
     address_of,
     find_route,
     methods_of,
@@ -36,6 +33,7 @@ from ._routes import (
     split_model_path,
 )
 from ._spawn import beside
+from ._target import Target
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
 from .admin import AdminApp
 from .config import Config, ConfigSource, ReloadReport, Task, load_config
@@ -152,7 +150,7 @@ class LLMuxApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "lifespan":
-            await _run_lifespan(self.lifespan, scope, receive, send)
+            await run_lifespan(self.lifespan, scope, receive, send)
         elif self._guarded:
             await self._guard(scope, receive, send)
         else:
@@ -326,9 +324,9 @@ class LLMuxApp:
                 await self._inference.serve(scope, receive, send, address)
                 return
         except LLMuxError as exc:
-            await _refuse(scope, send, exc, shape_of(path))
+            await refuse(scope, send, exc, shape_of(path))
         else:
-            await _answer_json(send, content)
+            await answer_json(send, content)
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -388,27 +386,3 @@ def _metrics_endpoint(config: Config) -> MetricsEndpoint | None:
     except ImportError:
         raise ConfigError("$.metrics: needs the extra prometheus: pip install 'llmux-asgi[prometheus]'") from None
     return MetricsEndpoint(config.metrics)
-
-
-async def _answer_json(send: Send, content: object) -> None:
-    body = msgspec.json.encode(content)
-    headers: Headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _refuse(scope: Scope, send: Send, exc: LLMuxError, shape: ErrorShape) -> None:
-    answer = describe(exc, shape)
-    headers = headers_before_the_body(answer, scope)
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
-
-
-async def _run_lifespan(
-    lifespan: Callable[[Any], Any], scope: Scope, receive: Receive, send: Callable[[dict[str, Any]], Awaitable[None]]
-) -> None:
-    await receive()
-    async with lifespan(scope.get("app")):
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-    await send({"type": "lifespan.shutdown.complete"})

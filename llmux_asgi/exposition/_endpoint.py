@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from .._errors import describe, headers_before_the_body
 from .._instruments import FirstByteTimes
-from .._proxy import Target
+from .._target import Target
 from ..access import ANY_MODEL, SCOPE_GRANT, Grant, KeyRing, find_credential
 from ..config import MetricsConfig
 from ..exceptions import AuthenticationError, LLMuxError, PermissionDeniedError

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import anyio
 
 from .._openai import Headers
-from .._proxy import Target
+from .._target import Target
 from ..upstream import Upstream, UpstreamFault
 
 __all__ = ["Scraper"]
