@@ -22,6 +22,7 @@ from ._errors import describe
 from ._json_body import read_json, with_json_model
 from ._lease import Freeze, Lease
 from ._openai import PRIORITY_HEADER, relayed_request_headers
+from ._request_log import RequestTimes
 from ._routes import Address, model_in_query
 from ._target import Target
 from ._websocket import SocketClosed, UpstreamSocket, connect_websocket
@@ -42,6 +43,10 @@ _NOT_SENT = {1004: 1000, 1005: 1000, 1006: _GOING_AWAY, 1015: _GOING_AWAY}
 """Codes that stand for something and are never sent, with what is sent in their place."""
 _LONGEST_REASON = 123
 """Bytes: a close frame has no more room."""
+
+
+_SWITCHING_PROTOCOLS = 101
+"""The status of a WebSocket that was accepted."""
 
 
 class _Event(msgspec.Struct):
@@ -65,6 +70,8 @@ class Realtime:
         with self.switcher.telemetry.request(scope["headers"], attributes) as span:
             session = _Session(self, scope, receive, send, span)
             grant: Grant | None = scope.get(SCOPE_GRANT)
+            times, telemetry = RequestTimes(), self.switcher.telemetry
+            model, priority, status, lease = "", None, 0, None
             try:
                 self.middleware.intake.check(scope["headers"], scope.get("query_string", b""))
                 model = self._find_model(scope, address, grant)
@@ -76,6 +83,9 @@ class Realtime:
                     grant.admit(b"")
                 lease = self.switcher.try_acquire(model, priority=priority) or await self._wait(receive, model, priority)
                 if lease is not None:
+                    times.admitted(lease.waited)
+                    if lease.waited:
+                        telemetry.queued(model, lease.waited)
                     try:
                         if grant is not None:
                             grant.reach()
@@ -84,7 +94,16 @@ class Realtime:
                         lease.release()
             except LLMuxError as exc:
                 failed(span, exc)
+                telemetry.request_failed(model, exc)
+                status = describe(exc).status
                 await refuse_websocket(scope, send, exc)
+            finally:
+                status = _SWITCHING_PROTOCOLS if session.accepted else status
+                telemetry.answered(model, status)
+                if model and self.middleware.request_log is not None:
+                    key = grant.identity.name if grant is not None else None
+                    frozen = lease.frozen_time if lease is not None else 0.0
+                    self.middleware.request_log.write(times.entry(model, status, priority=priority, frozen=frozen, key=key))
 
     def _find_model(self, scope: Scope, address: Address, grant: Grant | None) -> str:
         named = address.model or _header(scope, MODEL_HEADER.encode("ascii")) or model_in_query(scope["query_string"])
@@ -137,6 +156,7 @@ class _Session:
         """Why it is over; while it runs, why it is if nothing comes any more."""
         self._client_left = False
         self._frozen = False
+        self.accepted = False
 
     async def run(self, lease: Lease, address: Address) -> None:
         """Relay until one of both sides closes. Raises `LLMuxError` only before it is accepted."""
@@ -158,6 +178,7 @@ class _Session:
                 max_message=self._realtime.max_message,
             ) as socket:
                 await self._send({"type": "websocket.accept", "subprotocol": socket.subprotocol})
+                self.accepted = True
                 await self._relay(lease, socket, target.served_name)
         except UpstreamFault as exc:
             lease.distrust()

@@ -7,9 +7,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from wsproto import ConnectionType, WSConnection
@@ -93,6 +96,33 @@ def end_of(websocket: ClientConnection) -> tuple[int | None, str | None]:
         while True:
             websocket.recv(timeout=10)
     return websocket.close_code, websocket.close_reason
+
+
+def test_a_websocket_is_counted_and_logged_as_any_request_is(loop: EventLoop, tmp_path: Path) -> None:
+    reader, log = InMemoryMetricReader(), tmp_path / "requests.jsonl"
+    meters = {"meter_provider": MeterProvider([reader])}
+    with talking(loop, app=meters, request_log=str(log)) as served:
+        with opened(served, "/v1/realtime?model=b") as websocket:
+            websocket.recv(timeout=10)
+        talker(served.b).refuses = True
+        with pytest.raises(InvalidStatus), opened(served, "/v1/realtime?model=b"):
+            pass
+        with pytest.raises(InvalidStatus), opened(served, "/v1/realtime?model=unknown"):
+            pass
+        counts_come_back_to_zero(served)
+        eventually("both lines are there", lambda: len(log.read_text().splitlines()) == 2)
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        data = reader.get_metrics_data()
+    assert [(entry["model"], entry["status"]) for entry in entries] == [("b", 101), ("b", 502)]
+    assert entries[0]["waited"] > 0  # for the switch
+    assert data is not None
+    metrics = {m.name: m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics}
+    counted = {
+        (p.attributes["llmux.model"], p.attributes["http.response.status_code"]): p.value  # type: ignore[union-attr, index]
+        for p in metrics["llmux.requests"].data.data_points
+    }
+    assert counted == {("b", 101): 1, ("b", 502): 1, ("", 404): 1}
+    assert "llmux.queue.time" in metrics
 
 
 def test_messages_go_both_ways_under_a_lease(spoken: Gateway, loop: EventLoop) -> None:
