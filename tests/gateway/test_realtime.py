@@ -111,18 +111,26 @@ def test_a_websocket_is_counted_and_logged_as_any_request_is(loop: EventLoop, tm
             pass
         counts_come_back_to_zero(served)
         eventually("both lines are there", lambda: len(log.read_text().splitlines()) == 2)
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
-        data = reader.get_metrics_data()
+        expected = {("b", 101): 1, ("b", 502): 1, ("", 404): 1}
+        eventually("all are counted", lambda: _counted(reader) == expected)
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(entry["model"], entry["status"]) for entry in entries] == [("b", 101), ("b", 502)]
     assert entries[0]["waited"] > 0  # for the switch
+
+
+def _counted(reader: InMemoryMetricReader) -> dict[tuple[Any, Any], Any]:
+    """`llmux.requests` by model and status."""
+    data = reader.get_metrics_data()
     assert data is not None
-    metrics = {m.name: m for r in data.resource_metrics for s in r.scope_metrics for m in s.metrics}
-    counted = {
-        (p.attributes["llmux.model"], p.attributes["http.response.status_code"]): p.value  # type: ignore[union-attr, index]
-        for p in metrics["llmux.requests"].data.data_points
-    }
-    assert counted == {("b", 101): 1, ("b", 502): 1, ("", 404): 1}
-    assert "llmux.queue.time" in metrics
+    points: list[Any] = [
+        point
+        for resource in data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == "llmux.requests"
+        for point in metric.data.data_points
+    ]
+    return {(each.attributes["llmux.model"], each.attributes["http.response.status_code"]): each.value for each in points}
 
 
 def test_messages_go_both_ways_under_a_lease(spoken: Gateway, loop: EventLoop) -> None:
