@@ -110,7 +110,7 @@ def test_a_websocket_is_counted_and_logged_as_any_request_is(loop: EventLoop, tm
         with pytest.raises(InvalidStatus), opened(served, "/v1/realtime?model=unknown"):
             pass
         counts_come_back_to_zero(served)
-        eventually("both lines are there", lambda: len(log.read_text().splitlines()) == 2)
+        eventually("both lines are there", lambda: log.exists() and len(log.read_text().splitlines()) == 2)
         expected = {("b", 101): 1, ("b", 502): 1, ("", 404): 1}
         eventually("all are counted", lambda: _counted(reader) == expected)
     entries = [json.loads(line) for line in log.read_text().splitlines()]
