@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # So it is where a shell has started this in the background, for all processes too. Tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["tests.real.fixtures"]
 # They need what is in a dependency group of their own; `make test` does without it.

@@ -32,7 +32,9 @@ def preempting(loop: EventLoop, *, a: dict[str, Any] | None = None, **policy: An
     """A gateway that leaves the model a at once when b is asked for, and b when it is idle."""
     chosen = {"name": "gated_quantum", "linger": 0, "drain": "preempt", **policy}
     dear = {"costs": {"wake": 1000}}
-    with gateway(loop, policy=chosen, limits={"heartbeat": HEARTBEAT}, a={**dear, **(a or {})}, b=dear) as served:
+    limits = {"heartbeat": HEARTBEAT}
+    # No other comments than those of a freeze, however long a busy machine takes to admit a request.
+    with gateway(loop, policy=chosen, limits=limits, loading_notice="none", a={**dear, **(a or {})}, b=dear) as served:
         yield served
 
 

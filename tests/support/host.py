@@ -16,7 +16,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import anyio
@@ -44,9 +44,8 @@ def build(llm: LLMuxApp) -> Starlette:
 
     async def statistics(request: Request) -> Response:
         seen = llm.switcher.statistics()
-        answer = {field: getattr(seen, field) for field in seen.__slots__}
-        for name in ("in_flight", "waiting", "frozen", "servers", "costs"):
-            answer[name] = dict(answer[name])
+        fields = {field: getattr(seen, field) for field in seen.__slots__}
+        answer = {field: dict(value) if isinstance(value, Mapping) else value for field, value in fields.items()}
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
     return Starlette(routes=[Route("/statistics", statistics), Mount("/llm", llm)], lifespan=llm.lifespan)
