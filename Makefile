@@ -25,7 +25,7 @@ test-faults: $(VENV)/.test ## the half of the fault matrix that `make test` leav
 	@$(BIN)/python -m pytest -n 6 --dist worksteal -m second_loop $(ARGS)
 
 test-clients: $(VENV)/.test ## the libraries of OpenAI's and Anthropic's API that take seconds to import, against the gateway
-	@$(BIN)/python -m pytest -n 2 -m clients tests/clients $(ARGS)
+	@$(BIN)/python -m pytest -n 2 -m clients -W 'ignore:unclosed:ResourceWarning' tests/clients $(ARGS) # LiteLLM leaves sockets open
 
 soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 200 faults, in at most 10 minutes; ARGS='--seed 1 --loop trio'
 	@$(BIN)/python -m tests.soak $(ARGS)
