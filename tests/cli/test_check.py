@@ -25,7 +25,7 @@ from tests.support.ollama import SimulatedOllama
 from tests.support.serve import free_port, serve
 from tests.support.sglang import SimulatedSGLang
 
-QUICK = {"probe": 0.2, "connect": 0.5}
+QUICK = {"probe": 0.7, "connect": 0.7}
 
 
 def checked(path: Path, *options: str) -> dict[str, Any]:
