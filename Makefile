@@ -10,7 +10,7 @@ export PIP_NO_INPUT := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-packaging test-ui screenshots lint types docs clean test-clients bench-observed
+.PHONY: help demo test test-faults soak bench-switch bench-decision bench-preemption bench-relay bench-scheduling test-vllm test-packaging test-ui screenshots lint types docs clean test-slow bench-observed
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-16s %s\n", $$1, $$2 }'
@@ -24,8 +24,8 @@ test: $(VENV)/.test ## the fast tests, with branch coverage; ARGS='...' goes to 
 test-faults: $(VENV)/.test ## the half of the fault matrix that `make test` leaves out: each row on its other event loop
 	@$(BIN)/python -m pytest -n 6 --dist worksteal -m second_loop $(ARGS)
 
-test-clients: $(VENV)/.test ## the libraries of OpenAI's and Anthropic's API that take seconds to import, against the gateway
-	@$(BIN)/python -m pytest -n 2 -m clients -W 'ignore:unclosed:ResourceWarning' tests/clients $(ARGS) # LiteLLM leaves sockets open
+test-slow: $(VENV)/.test ## clients' libraries that take seconds to import, benchmarks in miniature
+	@$(BIN)/python -m pytest -n 2 -m slow -W 'ignore:unclosed:ResourceWarning' $(ARGS) # LiteLLM leaves sockets open
 
 soak: $(VENV)/.test ## 2,000 switches, 20,000 requests and 200 faults, in at most 10 minutes; ARGS='--seed 1 --loop trio'
 	@$(BIN)/python -m tests.soak $(ARGS)

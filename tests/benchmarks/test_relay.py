@@ -63,6 +63,7 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_miniature_has_right_answers_and_figures_of_every_load(tiny: Report) -> None:
     assert tiny.candidates == ["direct", "gateway", "liar"]
     for name in ("direct", "gateway"):
@@ -81,11 +82,13 @@ def test_a_run_in_miniature_has_right_answers_and_figures_of_every_load(tiny: Re
     assert tiny.added("gateway") is not None
 
 
+@pytest.mark.slow
 def test_a_candidate_that_cannot_be_had_is_left_out_with_its_reason(tiny: Report) -> None:
     assert tiny.left_out == {"absent": "it is not there"}
     assert "absent (it is not there)" in BLOCKS["conditions"](tiny)
 
 
+@pytest.mark.slow
 def test_wrong_answers_are_errors(tiny: Report) -> None:
     assert tiny.errors("liar", "plain 4") == 0
     assert tiny.errors("liar", "burst") > 0

@@ -22,6 +22,7 @@ def tiny(seed: int) -> Workload:
     return Workload("tiny", [Script([[Arrival(0.0, "a", 1.0), Arrival(0.2, "b", 2.0)], [Arrival(0.1, "a", 1.0)]])])
 
 
+@pytest.mark.slow
 def test_a_short_run_has_every_request_its_prediction_and_its_place_in_tables_and_picture() -> None:
     told: list[str] = []
     loads = [Load("tiny", "three requests", tiny), Load("burst", "the same", tiny, burst=True)]

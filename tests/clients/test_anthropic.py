@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
-pytestmark = pytest.mark.clients
+pytestmark = pytest.mark.slow
 
 _USER: Any = [{"role": "user", "content": "hello"}]
 _TOOLS: dict[str, Any] = {"tools": [{"name": "weather", "input_schema": SCHEMA}], "tool_choice": {"type": "any"}}

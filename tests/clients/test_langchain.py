@@ -11,7 +11,7 @@ from llmux_asgi.sim.text import vector
 
 from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
-pytestmark = pytest.mark.clients
+pytestmark = pytest.mark.slow
 
 _TOOL = {"type": "function", "function": {"name": "weather", "description": "tells it", "parameters": SCHEMA}}
 

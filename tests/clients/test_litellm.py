@@ -17,7 +17,7 @@ from .conftest import ARGUMENTS, MODELS, SCHEMA, Gateway, said
 
 # LiteLLM declares read-only items of its dictionaries, and pydantic says each time that it does not enforce them.
 pytestmark = [
-    pytest.mark.clients,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Items? .* using the `ReadOnly` qualifier:UserWarning"),
 ]
 

@@ -109,6 +109,7 @@ def test_errors_have_the_librarys_class(client: Any) -> None:
         assert "max_tokens" in caught.value.message
 
 
+@pytest.mark.slow
 def test_messages(url: str) -> None:
     anthropic: Any = importlib.import_module("anthropic")
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=20) as client:
