@@ -10,7 +10,7 @@ import pytest
 
 from llmux_asgi import BackendError, FifoPolicy, Mode, Phase, SwitchContext
 from tests.support.fleet import Fleet
-from tests.support.pool import Pool, Runner, running, until_settled, until_waiting
+from tests.support.pool import Pool, Runner, running, until_phase, until_settled, until_waiting
 
 pytestmark = pytest.mark.anyio
 
@@ -156,7 +156,7 @@ async def test_those_who_wait_for_another_model_are_not_kept_waiting_by_an_idle_
     async with running(pool) as run:
         await pool.switcher.wake("a")
         other = run.send("b")
-        await until_waiting(pool, "b", 1)
+        await until_phase(pool, Phase.COOLDOWN)
         clock.now += TTL
         await past_the_timer(pool)
         assert pool.switcher.statistics().phase is Phase.COOLDOWN
