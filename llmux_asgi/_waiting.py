@@ -7,7 +7,7 @@ its own: they return without a wait, and no timer is set.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -20,27 +20,34 @@ _T = TypeVar("_T")
 
 
 class _Rest(Generic[_T]):
-    """What is left of an awaitable that was begun and is suspended on `suspended_on`: `yield from` would begin it anew."""
+    """What is left of an awaitable that was begun and is suspended on `suspended_on`: `yield from` would begin it anew.
+
+    As for `yield from`, an iterator will do: only a generator can be sent something, told of an error, or closed.
+    """
 
     __slots__ = ("_steps", "_suspended_on")
 
-    def __init__(self, steps: Generator[Any, Any, _T], suspended_on: object) -> None:
+    def __init__(self, steps: Iterator[Any], suspended_on: object) -> None:
         self._steps = steps
         self._suspended_on = suspended_on
 
     def __await__(self) -> Generator[Any, Any, _T]:
-        steps, suspended_on = self._steps, self._suspended_on
+        steps: Any = self._steps
+        suspended_on = self._suspended_on
         try:
             while True:
                 try:
                     value = yield suspended_on
                 except GeneratorExit:
-                    steps.close()
+                    if hasattr(steps, "close"):
+                        steps.close()
                     raise
-                except BaseException as exc:  # noqa: BLE001 - handed on to where it belongs
+                except BaseException as exc:  # handed on to where it belongs
+                    if not hasattr(steps, "throw"):
+                        raise
                     suspended_on = steps.throw(exc)
                 else:
-                    suspended_on = steps.send(value)
+                    suspended_on = next(steps) if value is None else steps.send(value)
         except StopIteration as end:
             result: _T = end.value
             return result

@@ -76,6 +76,47 @@ async def test_a_cancellation_from_outside_is_not_a_timeout() -> None:
         assert scope.cancelled_caught
 
 
+class Bare:
+    """An awaitable as those of granian: what `__await__` gives is an iterator, and not a generator."""
+
+    def __init__(self, future: asyncio.Future[str], *, can_be_told: bool = False) -> None:
+        self._future = future
+        self._begun = self.told = False
+        if can_be_told:
+            self.throw = self._throw
+
+    def __await__(self) -> Bare:
+        return self
+
+    def __iter__(self) -> Bare:
+        return self
+
+    def __next__(self) -> asyncio.Future[str]:
+        if self._future.done():
+            raise StopIteration(self._future.result())
+        self._future._asyncio_future_blocking = True
+        return self._future
+
+    def _throw(self, exc: BaseException) -> None:
+        self.told = True
+        raise exc
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)  # trio's own awaitables are all generators
+async def test_an_awaitable_need_not_be_a_generator() -> None:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[str] = loop.create_future()
+    loop.call_soon(future.set_result, "x")
+    assert await within(5, Bare(future)) == "x"  # type: ignore[arg-type]
+
+    with pytest.raises(TimeoutError):
+        await within(0.01, Bare(loop.create_future()))  # type: ignore[arg-type]
+    last = Bare(loop.create_future(), can_be_told=True)
+    with pytest.raises(TimeoutError):
+        await within(0.01, last)  # type: ignore[arg-type]
+    assert last.told
+
+
 class Sending:
     """A client that takes messages while `reads` is set."""
 
