@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 from opentelemetry import context as otel_context
@@ -23,27 +24,33 @@ if TYPE_CHECKING:
 __all__ = ["Activation", "Freeze", "Lease", "Waiter"]
 
 
-class Exchange:
-    """While in the block, what holds a lease is told what becomes of its request."""
+class Exchange(Protocol):
+    """What holds a lease and is told, from `Lease.join` to `Lease.leave`, what becomes of its request."""
 
-    __slots__ = ("_activation", "freeze", "interrupt")
-
-    def __init__(self, activation: Activation, interrupt: Callable[[], None], freeze: Callable[[Freeze], None]) -> None:
-        self._activation = activation
-        self.interrupt = interrupt
+    def interrupt(self) -> None:
         """Called when the model is asleep: what has not been answered by now never will be."""
-        self.freeze = freeze
+        ...
+
+    def freeze(self, freeze: Freeze) -> None:
         """Called when the model is asleep, and the request goes on when it is woken."""
+        ...
+
+
+class _Told:
+    """An exchange made of two functions, under way while in the block."""
+
+    __slots__ = ("_lease", "freeze", "interrupt")
+
+    def __init__(self, lease: Lease, interrupt: Callable[[], None], freeze: Callable[[Freeze], None]) -> None:
+        self._lease = lease
+        self.interrupt = interrupt
+        self.freeze = freeze
 
     def __enter__(self) -> None:
-        self._activation.exchanges.add(self)
-        if self._activation.over:
-            self.interrupt()
-        elif self._activation.freeze is not None:
-            self.freeze(self._activation.freeze)
+        self._lease.join(self)
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
-        self._activation.exchanges.discard(self)
+        self._lease.leave(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +208,27 @@ class Lease:
         """Whether the model was put to sleep while this lease was held: what the server answers now is cut short."""
         return self._activation.interrupted
 
-    def exchange(self, interrupt: Callable[[], None], freeze: Callable[[Freeze], None] = lambda freeze: None) -> Exchange:
+    def join(self, exchange: Exchange) -> None:
+        """Have `exchange` told when the model sleeps although this lease is held, at once if it already does."""
+        activation = self._activation
+        activation.exchanges.add(exchange)
+        if activation.over:
+            exchange.interrupt()
+        elif activation.freeze is not None:
+            exchange.freeze(activation.freeze)
+
+    def leave(self, exchange: Exchange) -> None:
+        """Have it told no more."""
+        self._activation.exchanges.discard(exchange)
+
+    def exchange(
+        self, interrupt: Callable[[], None], freeze: Callable[[Freeze], None] = lambda freeze: None
+    ) -> AbstractContextManager[None]:
         """While in the block, have `interrupt` called when the model sleeps although this lease is held.
 
         `freeze` is called when it sleeps and its server keeps the request, to go on with it when it is woken.
         """
-        return Exchange(self._activation, interrupt, freeze)
+        return _Told(self, interrupt, freeze)
 
     def release(self) -> None:
         """Give the lease back. Never waits, and may be called again."""

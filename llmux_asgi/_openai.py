@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ._json_body import decode
+from .exceptions import InvalidRequestError
 
 __all__ = [
     "PRIORITY_HEADER",
@@ -130,6 +132,7 @@ _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _FINISHED = re.compile(rb'"finish_reason"\s*:\s*"(?!abort")')
 _DONE = re.compile(rb"^data:\s*\[DONE\]", re.MULTILINE)
+_SMALL = 64 * 1024
 _SAYS_ABORTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
@@ -159,6 +162,10 @@ class InterruptedAnswer:
     def __init__(self, route: str, request: bytes) -> None:
         self._believable = route in _SAYS_ABORTED
         self._request = request
+        self._asked: float | None = None
+        if len(request) <= _SMALL:  # a larger one is read only if it must be
+            self._asked = _choices(request) if self._believable else 0
+            self._request = b""  # a stream that may take minutes need not hold it
         self._finished = 0
 
     def note(self, events: bytes) -> None:
@@ -169,7 +176,7 @@ class InterruptedAnswer:
     @property
     def is_finished(self) -> bool:
         """Whether every choice of the stream has said that it is finished."""
-        return self._believable and self._finished >= _choices(self._request)
+        return self._believable and self._finished >= self._choices()
 
     def cut_at(self, events: bytes) -> int | None:
         """Find where, in events that were noted, the part begins that must not reach the client."""
@@ -186,7 +193,10 @@ class InterruptedAnswer:
     def is_whole(self, body: bytes) -> bool:
         """Say whether a plain answer is what the client asked for."""
         finished = len(_FINISHED.findall(body))
-        return self._believable and _ABORTED.search(body) is None and finished >= _choices(self._request)
+        return self._believable and _ABORTED.search(body) is None and finished >= self._choices()
+
+    def _choices(self) -> float:
+        return _choices(self._request) if self._asked is None else self._asked
 
 
 class _ChoiceFields(msgspec.Struct):
@@ -194,9 +204,12 @@ class _ChoiceFields(msgspec.Struct):
     prompt: object = None
 
 
-def _choices(request: bytes) -> int:
-    """How many choices a request asks for: `n` for each of its prompts."""
-    fields = decode(request, _ChoiceFields)
+def _choices(request: bytes) -> float:
+    """How many choices a request asks for: `n` for each of its prompts. Infinitely many if it cannot be read here."""
+    try:
+        fields = decode(request, _ChoiceFields)
+    except InvalidRequestError:  # other parsers take more, half a surrogate for one
+        return math.inf
     n = fields.n if isinstance(fields.n, int) else 1
     prompts = fields.prompt if isinstance(fields.prompt, list) else [fields.prompt]
     # A list of numbers is one prompt, in tokens.

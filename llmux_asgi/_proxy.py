@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import anyio
 from opentelemetry import trace
@@ -84,34 +84,30 @@ class Proxy:
         self.upstream = Http1Upstream() if upstream is None else upstream
         self.heartbeat = heartbeat
         self.write_timeout = write_timeout
-        self._relays: set[_Relay] = set()
+        self.relays: set[_Relay] = set()
         """Those that are under way."""
-        self._clients = _Clients()
+        self.clients = _Clients()
 
     @staticmethod
     def targets_of(models: Mapping[str, ModelConfig], max_frozen: float) -> dict[str, Target]:
         """Where the requests for each model go. Raises `ConfigError` if a server's API key cannot be read."""
         return {name: Target.of(name, model, max_frozen) for name, model in models.items()}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Relay. Raises `LLMuxError` only before the answer has begun; later errors are told in the stream."""
+        # Not a coroutine of its own where the body is here, as it is for every request of the middleware's.
         body: bytes | None = scope.pop(SCOPE_BODY, None)
         if body is None:
-            body = await _read_body(receive)
-        if body is not None:
-            target = self.targets[scope[SCOPE_LEASE].model]
-            relay = _Relay(scope, receive, send, target, self.upstream, self.heartbeat, self.write_timeout)
-            self._relays.add(relay)
-            self._clients.add(relay)
-            try:
-                await relay.run(body)
-            finally:
-                self._relays.discard(relay)
-                self._clients.discard(relay)
+            return self._read_and_relay(scope, receive, send)
+        return _Relay(self, scope, receive, send, body).run()
+
+    async def _read_and_relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (body := await _read_body(receive)) is not None:
+            await _Relay(self, scope, receive, send, body).run()
 
     async def aclose(self) -> None:
         """End what is under way, with an error to its clients, and close the connections to the servers."""
-        for relay in self._relays:
+        for relay in self.relays:
             relay.cancel()
         await self.upstream.aclose()
 
@@ -162,35 +158,34 @@ class _Relay:
     _done = False
     """Whether the client has all that it asked for: OpenAI's clients hang up after `[DONE]`, before the last byte."""
 
-    def __init__(
-        self,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
-        target: Target,
-        upstream: Upstream,
-        heartbeat: float,
-        write_timeout: float,
-    ) -> None:
+    def __init__(self, proxy: Proxy, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        self._proxy = proxy
         self._context = copy_context()
-        self._scope = scope
+        self._scope: Scope | None = scope
+        self._body = body
+        """This and the scope are let go of when the answer begins: a stream may take minutes."""
         self._receive = receive
         self._beside: list[Later] = []
         """What runs beside the relay, and ends with it."""
-        self._send = SendWatch(send, write_timeout, self._run_beside, self._drop_client)
-        self._heartbeat = heartbeat
-        self._target = target
-        self._upstream = upstream
+        self._send = SendWatch(send, proxy.write_timeout, self._run_beside, self._drop_client)
+        self._last_try: bool = scope[SCOPE_LAST_TRY]
         self._lease: Lease = scope[SCOPE_LEASE]
         self._address: Address = scope[SCOPE_ADDRESS]
+        self._target = proxy.targets[self._lease.model]
         self._relaying = Cancellable()
 
-    async def run(self, body: bytes) -> None:
+    async def run(self) -> None:
+        self._proxy.relays.add(self)
+        self._proxy.clients.add(self)
         try:
-            with self._relaying, self._lease.exchange(self._interrupt, self._freeze):
-                while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
-                    await freeze.over.wait()
-                await self._relay(body)
+            with self._relaying:
+                self._lease.join(self)
+                try:
+                    while freeze := self._lease.freeze:  # its model fell asleep before the request was sent
+                        await freeze.over.wait()
+                    await self._relay()
+                finally:
+                    self._lease.leave(self)
             if self._relaying.cancelled_caught and not self._client_left:
                 raise self._interrupted()
         except UpstreamFault as exc:
@@ -209,6 +204,8 @@ class _Relay:
                 task.stop()
             self._beside.clear()
             self._send.end()
+            self._proxy.relays.discard(self)
+            self._proxy.clients.discard(self)
 
     def cancel(self) -> None:
         """End the exchange; the client is told that its request was interrupted."""
@@ -233,17 +230,19 @@ class _Relay:
             self._client_left = True
             self._relaying.cancel()
 
-    def _interrupt(self) -> None:
+    def interrupt(self) -> None:
+        """See `Exchange`."""
         self._relaying.cancel_after(INTERRUPTED_GRACE)
 
-    def _freeze(self, freeze: Freeze) -> None:
+    def freeze(self, freeze: Freeze) -> None:
+        """See `Exchange`."""
         self._run_beside(partial(self._bridge, freeze))
 
     async def _bridge(self, freeze: Freeze) -> None:
         """While the request is frozen, let its client know that the stream is alive; end it if that takes too long."""
         with anyio.move_on_after(freeze.limit):
             while not freeze.over.is_set():
-                with anyio.move_on_after(self._heartbeat):
+                with anyio.move_on_after(self._proxy.heartbeat):
                     await freeze.over.wait()
                     return
                 await self._beat()
@@ -261,40 +260,44 @@ class _Relay:
                 self._beating = None
                 beating.set()
 
-    async def _relay(self, body: bytes) -> None:
-        route, given = self._address.route, self._scope["headers"]
-        pieces = payload(route, given, body, self._target.served_name, named=self._scope[SCOPE_NAMED])
-        headers = relayed_request_headers(given, self._target.authorization)
-        if self._lease.is_traced:
-            inject_headers(headers, self._lease.context)
-        target = self._target.prefix + self._address.path.encode("ascii")
-        if query := self._scope.get("query_string"):
-            target += b"?" + query
-        response = await self._upstream.request(
-            self._scope["method"].encode("ascii"),
-            self._target.origin,
-            target,
-            headers,
-            pieces,
-            self._target.timeouts,
-        )
+    async def _relay(self) -> None:
+        response = await self._ask()
         try:
             if response.status >= 500:
                 self._lease.distrust()  # its engine may have died
-                if self._target.retry and not self._scope[SCOPE_LAST_TRY]:
+                if self._target.retry and not self._last_try:
                     raise UpstreamFault(f"answered {response.status}.")
             head = AnswerHead.of(response.headers)
             self._streams_events = head.is_events
             start: Message = {"type": "http.response.start", "status": response.status, "headers": head.headers}
+            self._scope = None
             # The answer is ended in here, not after the server's connection has been put away: the client is waiting.
             if head.is_events:
-                await self._relay_events(start, response, InterruptedAnswer(route.path, body))
+                await self._relay_events(start, response, self._interrupted_answer())
             elif self._lease.interrupted:
-                await self._relay_checked(start, response, InterruptedAnswer(route.path, body))
+                await self._relay_checked(start, response, self._interrupted_answer())
             else:
                 await self._relay_plain(start, response, head.length)
         finally:
             await response.aclose()
+
+    def _ask(self) -> Awaitable[UpstreamResponse]:
+        """Send the request. What it is made of ends with this function."""
+        scope, target = cast(Scope, self._scope), self._target
+        pieces = payload(self._address.route, scope["headers"], self._body, target.served_name, named=scope[SCOPE_NAMED])
+        headers = relayed_request_headers(scope["headers"], target.authorization)
+        if self._lease.is_traced:
+            inject_headers(headers, self._lease.context)
+        path = target.prefix + self._address.path.encode("ascii")
+        if query := scope.get("query_string"):
+            path += b"?" + query
+        method = scope["method"].encode("ascii")
+        return self._proxy.upstream.request(method, target.origin, path, headers, pieces, target.timeouts)
+
+    def _interrupted_answer(self) -> InterruptedAnswer:
+        answer = InterruptedAnswer(self._address.route.path, self._body)
+        self._body = b""
+        return answer
 
     async def _relay_plain(self, start: Message, response: UpstreamResponse, left: int | None) -> None:
         await self._begin(start)

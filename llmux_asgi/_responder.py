@@ -169,7 +169,6 @@ class Responder:
                 self._middleware.request_log.write(entry)
 
     async def _answer(self, model: str) -> None:
-        ours = {SCOPE_ADDRESS: self._address, SCOPE_NAMED: self._named, "headers": self._headers}
         last = False
         while True:
             lease = self._switcher.try_acquire(model, priority=self._priority) or await self._wait_for_lease(model)
@@ -178,8 +177,7 @@ class Responder:
             self._lease = lease
             try:
                 self._admitted(lease)
-                scope = {**self._scope, **ours, SCOPE_LEASE: lease, SCOPE_LAST_TRY: last, SCOPE_BODY: self._body}
-                await self._middleware.app(scope, self._replay, self._watch_answer)
+                await self._middleware.app(self._scope_for(lease, last=last), self._replay, self._watch_answer)
                 return
             except (InterruptedRequestError, UpstreamError) as exc:
                 if last or self._status or not exc.may_retry:
@@ -189,6 +187,17 @@ class Responder:
                 self._replayed, last = False, True
             finally:
                 lease.release()
+
+    def _scope_for(self, lease: Lease, *, last: bool) -> Scope:
+        return {
+            **self._scope,
+            "headers": self._headers,
+            SCOPE_ADDRESS: self._address,
+            SCOPE_BODY: self._body,
+            SCOPE_LAST_TRY: last,
+            SCOPE_LEASE: lease,
+            SCOPE_NAMED: self._named,
+        }
 
     def _admitted(self, lease: Lease) -> None:
         self._waited += lease.waited

@@ -121,6 +121,22 @@ def test_every_choice_must_have_finished(request_body: bytes, choices: int) -> N
     assert answer.is_whole(finished * choices)
 
 
+@pytest.mark.parametrize("padding", [0, 100_000])
+def test_the_choices_of_a_large_request_are_counted_too(padding: int) -> None:
+    answer = InterruptedAnswer("/v1/completions", b'{"n": 2, "user": "%b"}' % (b"x" * padding))
+    answer.note(event("stop"))
+    assert not answer.is_finished
+    answer.note(event("stop"))
+    assert answer.is_finished
+
+
+def test_the_answer_to_a_request_that_cannot_be_read_is_not_believed() -> None:
+    answer = InterruptedAnswer("/v1/completions", b'{"prompt": "\\ud800"}')  # Python's json takes it
+    answer.note(event("stop"))
+    assert not answer.is_finished
+    assert not answer.is_whole(b'{"finish_reason": "stop"}')
+
+
 def test_routes_that_cannot_say_so_are_never_believed() -> None:
     answer = InterruptedAnswer("/v1/responses", b"{}")
     assert cut(answer, event("stop")) == 0

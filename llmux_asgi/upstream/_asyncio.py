@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable
 from typing import cast
 
+from .._turn import Turn
 from ._parser import Http1Response, ResponseParser, silence
 from ._pool import SMALL, Pool, Probe
 from ._protocol import Content
@@ -23,10 +24,13 @@ class AsyncioConnection(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, pool: Pool) -> None:
         self._loop = loop
+        self._turn = Turn.of(loop)
         self._pool = pool
         self._parser = ResponseParser()
         self._response: Http1Response | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._request: tuple[bytes, bytes] | None = None
+        """The method of a request and what is sent of it in one piece, until that is done."""
         self._unsent: list[memoryview] = []
         self._stalled = False
         """Whether the transport has as much to send as it will take."""
@@ -43,18 +47,15 @@ class AsyncioConnection(asyncio.Protocol):
     def start(self, method: bytes, head: bytes, body: Content, limit: float | None) -> Http1Response:
         """Send a request. `limit`: seconds that the server may be silent, or not take what is sent."""
         self._response = response = Http1Response(self)
-        self._parser.expect(method, response)
         self._limit = limit
-        transport = self._transport
-        small = isinstance(body, bytes) and len(body) <= SMALL
-        transport.write(head + body if small else head)  # type: ignore[operator]
-        if transport.is_closing():  # the first byte already was refused
-            response.sent = False
-            response.fault = "broke off: the connection was closed."
-            self.close()
-        elif not small:
+        if isinstance(body, bytes) and len(body) <= SMALL:
+            self._request = method, head + body
+        else:
+            self._request = method, head
             self._unsent = [memoryview(piece) for piece in ([body] if isinstance(body, bytes) else body) if piece]
-            self._send_on()
+        self._turn.at_end(self._send)
+        if self._turn.alone:
+            self._send()
         return response
 
     def advance(self) -> Awaitable[None]:
@@ -79,6 +80,10 @@ class AsyncioConnection(asyncio.Protocol):
         if self._closed:
             return
         self._closed = True
+        if self._request is not None and self._response is not None:
+            self._request = None
+            self._response.sent = False
+            self._response.fault = "broke off: the connection was closed."
         self._parser.fail("was given up.")
         self._unsent = []
         if self._timer is not None:
@@ -98,8 +103,8 @@ class AsyncioConnection(asyncio.Protocol):
         response = self._response
         parser = self._parser
         parser.feed(data)
-        if response is None:
-            self.close()
+        if response is None or self._request is not None:  # nothing was asked, or not yet
+            self._lost(None)
             return
         if response.whole:
             self._response = None
@@ -138,6 +143,20 @@ class AsyncioConnection(asyncio.Protocol):
         self._pool.discard(self)
         self.close()
         self._wake()
+
+    def _send(self) -> None:
+        if self._request is None or self._response is None:  # it was given up meanwhile
+            return
+        method, data = self._request
+        self._parser.expect(method, self._response)
+        self._transport.write(data)
+        if self._transport.is_closing():  # the first byte already was refused
+            self.close()
+            self._wake()
+            return
+        self._request = None
+        if self._unsent:
+            self._send_on()
 
     def _send_on(self) -> None:
         unsent = self._unsent

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import threading
+from collections.abc import MutableMapping
+from typing import Any
 from urllib.parse import urlsplit
 
 import anyio
@@ -15,7 +18,7 @@ import pytest
 
 from llmux_asgi import LLMuxApp, LLMuxMiddleware, ModelSwitcher, TimeoutsConfig, load_config
 from llmux_asgi._openai import Headers
-from llmux_asgi._proxy import Proxy
+from llmux_asgi._proxy import SCOPE_LEASE, Proxy
 from llmux_asgi.upstream import Content, Origin
 from tests.gateway.conftest import Gateway, gateway
 from tests.gateway.scripts import EVENTS, counts_come_back_to_zero, echo
@@ -273,6 +276,50 @@ def test_a_client_that_leaves_is_noticed_on_a_second_event_loop_too(monkeypatch:
             assert generating.wait(5)
             connection.close()
             assert noticed.wait(5)
+
+
+@pytest.mark.anyio
+async def test_a_stream_holds_its_request_no_longer_than_needed() -> None:
+    """A thousand streams that take minutes would otherwise keep a thousand prompts in memory."""
+
+    gone = threading.Event()
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            gone.set()
+
+    body = b'{"model":"a","messages":[],"stream":true}'
+    messages: list[dict[str, object]] = [{"type": "http.request", "body": Body(body), "more_body": False}]
+    go_on, first = threading.Event(), anyio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.start()
+        await exchange.chunk(EVENTS[0])
+        await wait_for(go_on)
+        await exchange.chunk(b"", last=True)
+
+    async def receive() -> dict[str, object]:
+        if not messages:
+            await anyio.sleep_forever()
+        return messages.pop()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            first.set()
+
+    with serve(ScriptedServer(script)) as url:
+        llm = LLMuxApp({"models": {"a": {"url": url}}})
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+        async with llm.lifespan(llm), anyio.create_task_group() as tasks:
+            tasks.start_soon(llm, scope, receive, send)
+            with anyio.fail_after(10):
+                await first.wait()
+            gc.collect()
+            was_gone = gone.is_set()
+            scopes = [each for each in gc.get_objects() if type(each) is dict and SCOPE_LEASE in each]
+            go_on.set()
+    assert was_gone
+    assert not scopes
 
 
 def test_a_client_that_leaves_the_queue_lets_the_active_model_go_on(served: Gateway) -> None:

@@ -1,0 +1,58 @@
+"""What is written in one turn of the event loop goes out together, at its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+__all__ = ["Turn"]
+
+
+class Turn:
+    """Runs functions when all is done that the event loop has to do at present.
+
+    A write to a process that sleeps wakes it, which costs several times what the write does. Of writes in a row only the
+    first one does; of writes with other work between them nearly each. Who is `alone` need not wait for others.
+    """
+
+    __slots__ = ("_due", "_loop", "_quiet")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._due: list[Callable[[], None]] = []
+        self._quiet = 0
+        """In how many turns in a row there was one function, or none."""
+
+    @staticmethod
+    def of(loop: asyncio.AbstractEventLoop) -> Turn:
+        """Return the one of an event loop."""
+        turn = _TURNS.get(loop)
+        if turn is None:
+            turn = _TURNS[loop] = Turn(loop)
+        return turn
+
+    def at_end(self, function: Callable[[], None]) -> None:
+        """Have `function` called, in the order of these calls."""
+        if not self._due:
+            self._loop.call_soon(self._end)
+        self._due.append(function)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there has been but one function for a while, and is in this turn so far."""
+        return self._quiet >= _A_WHILE and len(self._due) < 2
+
+    def _end(self) -> None:
+        due, self._due = self._due, []
+        self._quiet = self._quiet + 1 if len(due) < 2 else 0
+        for function in due:
+            try:
+                function()
+            except Exception as exc:  # noqa: BLE001 - what an event loop does: the others are not to suffer
+                self._loop.call_exception_handler({"message": f"{function} failed", "exception": exc})
+
+
+_A_WHILE = 8
+"""Turns of the event loop in which something is written."""
+_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, Turn] = WeakKeyDictionary()
