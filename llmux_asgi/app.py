@@ -35,7 +35,6 @@ from ._routes import (
 from ._spawn import beside
 from ._target import Target
 from .access import SCOPE_GRANT, AccessControl, Grant, Identify
-from .admin import AdminApp
 from .config import Config, ConfigSource, ReloadReport, Task, load_config
 from .exceptions import (
     ConfigError,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
+    from .admin import AdminApp
     from .exposition import MetricsEndpoint
 
 __all__ = ["LLMuxApp"]
@@ -140,7 +140,7 @@ class LLMuxApp:
         """The targets that the configuration says, where those in use may be of servers that are being replaced."""
         self.switcher.reloader.settled = self._retarget
         self._policy_name = type(policy).__name__ if policy is not None else None
-        self._admin = AdminApp(self, self.config.admin) if self.config.admin is not None else None
+        self._admin = _admin_app(self)
         self._guarded = any(each is not None for each in (self._access, self._admin, self._metrics))
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -376,6 +376,14 @@ class LLMuxApp:
 
 def _tasks(config: Config) -> dict[str, tuple[Task, ...]]:
     return {name: model.tasks for name, model in config.models.items() if model.tasks is not None}
+
+
+def _admin_app(app: LLMuxApp) -> AdminApp | None:
+    if app.config.admin is None:
+        return None
+    from .admin import AdminApp  # most gateways do without: it takes memory and time to start
+
+    return AdminApp(app, app.config.admin)
 
 
 def _metrics_endpoint(config: Config) -> MetricsEndpoint | None:

@@ -52,6 +52,7 @@ LAYERS = [
         "_instruments",
         "telemetry",
     ],
+    ["_turn"],
     ["_routes", "_json_body", "_form_body", "_openai", "_errors", "_payload", "_parameters", "_timing"],
     [
         "_body",
@@ -215,6 +216,17 @@ def test_the_library_imports_the_api_of_opentelemetry_and_never_the_sdk() -> Non
             assert not any(name.startswith("opentelemetry.sdk") for name in imports_of(path)), path
     unwanted = ("opentelemetry.sdk", "opentelemetry.exporter", "prometheus_client", "yaml", "typer")
     code = f"import sys; from llmux_asgi import *; print([m for m in sys.modules if m.startswith({unwanted})])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_gateway_imports_only_what_its_configuration_asks_for() -> None:
+    unwanted = ("llmux_asgi.admin", "llmux_asgi.exposition", "llmux_asgi.cli", "llmux_asgi.importing", "llmux_asgi.sim")
+    servers = {f"llmux_asgi.backends.{kind}" for kind in ("hooks", "llamacpp", "managed", "ollama", "probe", "sglang")}
+    code = (
+        "import sys; from llmux_asgi import LLMuxApp; LLMuxApp({'models': {'a': {'url': 'http://127.0.0.1:1'}}});"
+        f"print([m for m in sys.modules if m.startswith({unwanted}) or m in {servers}])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert result.stdout.strip() == "[]"
 

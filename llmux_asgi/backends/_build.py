@@ -1,7 +1,9 @@
-"""From a model's configuration to the object that controls its server."""
+"""From a model's configuration to the object that controls its server, imported where there is one of its kind."""
 
 from __future__ import annotations
 
+import random
+import socket
 from pathlib import Path
 from typing import assert_never
 from urllib.parse import urlsplit
@@ -10,15 +12,8 @@ import msgspec
 
 from ..config import Config, ModelConfig, read_secret, server_part
 from ._protocol import Backend
-from .hooks import HooksBackend
-from .llamacpp import LlamaCppBackend
-from .managed import ManagedBackend, free_port
-from .ollama import OllamaBackend
-from .probe import ProbedBackend
-from .sglang import SGLangBackend
-from .vllm import VLLMBackend
 
-__all__ = ["api_key_of", "build_backend", "with_ports"]
+__all__ = ["api_key_of", "build_backend", "free_port", "with_ports"]
 
 
 def with_ports(config: Config, before: Config | None = None) -> Config:
@@ -48,6 +43,8 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: b
     key = api_key_of(name, model)
     server = _control(name, model, sleep_level, freezes, key)
     if model.probe != "none" or model.warm_up is not None:
+        from .probe import ProbedBackend
+
         inside = model.served_name or name
         server = ProbedBackend(
             server, model.address, inside, model.probe, warm_up=model.warm_up, timeouts=model.timeouts, api_key=key
@@ -59,6 +56,8 @@ def build_backend(name: str, model: ModelConfig, *, sleep_level: int, freezes: b
         env = {"VLLM_SERVER_DEV_MODE": "1", **env}
         if [Path(command[0]).name, *command[1:2]] == ["vllm", "serve"] and not any("enable-sleep-mode" in a for a in command):
             command = (*command, "--enable-sleep-mode")
+    from .managed import ManagedBackend
+
     return ManagedBackend(name, server, model.address, command, env=env, cwd=model.cwd, timeouts=model.timeouts)
 
 
@@ -70,16 +69,42 @@ def api_key_of(name: str, model: ModelConfig) -> str | None:
 def _control(name: str, model: ModelConfig, sleep_level: int, freezes: bool, key: str | None) -> Backend:
     """What speaks to the server."""
     if model.hooks is not None:
+        from .hooks import HooksBackend
+
         return HooksBackend(name, model.address, model.hooks, model.timeouts)
     inside = model.served_name or name
     match model.server:
         case "vllm":
+            from .vllm import VLLMBackend
+
             return VLLMBackend(model.address, sleep_level=sleep_level, freezes=freezes, timeouts=model.timeouts, api_key=key)
         case "sglang":
+            from .sglang import SGLangBackend
+
             return SGLangBackend(model.address, timeouts=model.timeouts, api_key=key)
         case "llama.cpp":
+            from .llamacpp import LlamaCppBackend
+
             return LlamaCppBackend(model.address, inside, timeouts=model.timeouts, api_key=key)
         case "ollama":
+            from .ollama import OllamaBackend
+
             return OllamaBackend(model.address, inside, timeouts=model.timeouts, api_key=key)
         case _:
             assert_never(model.server)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on.
+
+    It is below those that Linux hands out for outgoing connections: one of these could otherwise take it before the server,
+    which may load weights for minutes first, listens.
+    """
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from urllib.parse import urlsplit
 
@@ -22,7 +20,7 @@ from ..exceptions import (
 from ._http import POLL_FIRST, POLL_LONGEST
 from ._protocol import STOP_LEVEL, Backend, BackendState, FreezingBackend, TunableBackend
 
-__all__ = ["ManagedBackend", "free_port"]
+__all__ = ["ManagedBackend"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,19 +208,3 @@ class ManagedBackend:
                     return True
         except (OSError, TimeoutError):
             return False
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nothing listens on.
-
-    It is below those that Linux hands out for outgoing connections: one of these could otherwise take it before the server,
-    which may load weights for minutes first, listens.
-    """
-    while True:
-        port = random.randrange(20000, 32000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from llmux_asgi.backends.managed import free_port
+from llmux_asgi.backends._build import free_port
 from llmux_asgi.sim import SimError, SimProcess, start_sim
 
 __all__ = ["BY_URL", "MODELS", "Fleet", "HandCall", "Model"]
