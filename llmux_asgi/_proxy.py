@@ -286,7 +286,7 @@ class _Relay:
         scope, target = cast(Scope, self._scope), self._target
         pieces = payload(self._address.route, scope["headers"], self._body, target.served_name, named=scope[SCOPE_NAMED])
         headers = relayed_request_headers(scope["headers"], target.authorization)
-        if self._lease.is_traced:
+        if self._lease.context and self._lease.is_traced:
             inject_headers(headers, self._lease.context)
         path = target.prefix + self._address.path.encode("ascii")
         if query := scope.get("query_string"):

@@ -16,13 +16,15 @@ class Turn:
     first one does; of writes with other work between them nearly each. Who is `alone` need not wait for others.
     """
 
-    __slots__ = ("_due", "_loop", "_quiet")
+    __slots__ = ("_due", "_loop", "_quiet", "alone")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._due: list[Callable[[], None]] = []
         self._quiet = 0
         """In how many turns in a row there was one function, or none."""
+        self.alone = False
+        """Whether there has been but one function for a while, and is in this turn so far."""
 
     @staticmethod
     def of(loop: asyncio.AbstractEventLoop) -> Turn:
@@ -34,18 +36,16 @@ class Turn:
 
     def at_end(self, function: Callable[[], None]) -> None:
         """Have `function` called, in the order of these calls."""
-        if not self._due:
+        if self._due:
+            self.alone = False
+        else:
             self._loop.call_soon(self._end)
         self._due.append(function)
-
-    @property
-    def alone(self) -> bool:
-        """Whether there has been but one function for a while, and is in this turn so far."""
-        return self._quiet >= _A_WHILE and len(self._due) < 2
 
     def _end(self) -> None:
         due, self._due = self._due, []
         self._quiet = self._quiet + 1 if len(due) < 2 else 0
+        self.alone = self._quiet >= _A_WHILE
         for function in due:
             try:
                 function()

@@ -64,6 +64,8 @@ _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
 
 _SERVING_KEY = otel_context.create_key("llmux_asgi.serving")
 """In OpenTelemetry's context: the headers of the request that is being served."""
+_BARE_KEY = otel_context.create_key("llmux_asgi.bare")
+"""Likewise: whether these headers have nothing of a trace context, and one is carried in W3C's headers only."""
 _NOTHING = Context()
 
 
@@ -87,10 +89,13 @@ class RequestSpan:
             # in there is this request's. What stays the same while a host hands a request on is its list of headers.
             current = Context()
         hosted = bool(current) and trace.get_current_span(current).get_span_context().is_valid
-        parent = current if hosted else _extract(self._headers)
+        bare = _is_w3c() and not _carries(self._headers)
+        parent = current
+        if not hosted:
+            parent = _NOTHING if bare else extract(self._headers, context=_NOTHING, getter=_GETTER)
         kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
         self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
-        serving = Context({**current, _SERVING_KEY: self._headers})
+        serving = Context({**current, _SERVING_KEY: self._headers, _BARE_KEY: bare})
         self._token = otel_context.attach(trace.set_span_in_context(self._span, serving))
         return self._span
 
@@ -235,7 +240,7 @@ def inject_headers(headers: Headers, context: Context) -> None:
     """Write a trace context into the headers of a request to a backend, in place of any that it carries."""
     span = trace.get_current_span(context).get_span_context()
     is_valid = span.is_valid
-    if is_valid and not span.trace_state and _is_w3c() and not _carries(headers) and not baggage.get_all(context):
+    if is_valid and context.get(_BARE_KEY) and not span.trace_state and not baggage.get_all(context):
         # What the propagator would write, for a tenth of the price.
         headers.append((b"traceparent", b"00-%032x-%016x-%02x" % (span.trace_id, span.span_id, span.trace_flags)))
         return
@@ -245,18 +250,12 @@ def inject_headers(headers: Headers, context: Context) -> None:
     inject(headers, context, setter=_SETTER)
 
 
-def _extract(headers: Headers) -> Context:
-    if _is_w3c() and not _carries(headers):
-        return _NOTHING
-    return extract(headers, context=_NOTHING, getter=_GETTER)
-
-
 _W3C = frozenset({b"traceparent", b"tracestate", b"baggage"})
 
 
 def _carries(headers: Headers) -> bool:
     """Whether there is anything of a W3C trace context."""
-    return not _W3C.isdisjoint(dict(headers))
+    return not _W3C.isdisjoint([name for name, _ in headers])
 
 
 @lru_cache(maxsize=4)
