@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .switcher import ModelSwitcher
 
-__all__ = ["Activation", "Freeze", "Lease", "Waiter"]
+__all__ = ["Activation", "Exchange", "Freeze", "Lease", "Waiter", "leased"]
 
 
 class Exchange(Protocol):
@@ -244,6 +244,32 @@ class Lease:
     def distrust(self) -> None:
         """Report that the server did not behave as an awake one does: every server is asked before the next request."""
         self._switcher.distrust()
+
+
+async def leased(acquire: Callable[[], Awaitable[Lease]], gone: Callable[[], Awaitable[None]]) -> Lease | None:
+    """Wait for `acquire` as long as `gone` has not returned. Returns `None` if it has; raises what `acquire` raises."""
+    lease: Lease | None = None
+    error: LLMuxError | None = None
+
+    async def watch() -> None:
+        await gone()
+        tasks.cancel_scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            try:
+                lease = await acquire()
+            except LLMuxError as exc:  # by itself, not in a group
+                error = exc
+            tasks.cancel_scope.cancel()
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+    if error is not None:
+        raise error
+    return lease
 
 
 class Waiter(Ticket):

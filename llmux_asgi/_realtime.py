@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from . import _names as names
 from ._errors import describe
 from ._json_body import read_json, with_json_model
-from ._lease import Freeze, Lease
+from ._lease import Freeze, Lease, leased
 from ._openai import PRIORITY_HEADER, relayed_request_headers
 from ._request_log import RequestTimes
 from ._routes import Address, model_in_query
@@ -118,29 +118,12 @@ class Realtime:
 
     async def _wait(self, receive: Receive, model: str, priority: str | None) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
-        lease: Lease | None = None
-        error: LLMuxError | None = None
 
-        async def watch() -> None:
+        async def gone() -> None:
             while (await receive())["type"] != "websocket.disconnect":
                 pass
-            tasks.cancel_scope.cancel()
 
-        try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watch)
-                try:
-                    lease = await self.switcher.acquire(model, priority=priority)
-                except LLMuxError as exc:
-                    error = exc
-                tasks.cancel_scope.cancel()
-        except BaseException:
-            if lease is not None:
-                lease.release()
-            raise
-        if error is not None:
-            raise error
-        return lease
+        return await leased(partial(self.switcher.acquire, model, priority=priority), gone)
 
 
 class _Session:

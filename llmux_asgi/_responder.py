@@ -8,7 +8,6 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
 from opentelemetry.trace import Span
 from opentelemetry.util.types import AttributeValue
 from starlette.types import Message, Receive, Scope, Send
@@ -17,7 +16,7 @@ from . import _names as names
 from ._errors import describe
 from ._intake import Upload
 from ._json_body import named_model
-from ._lease import Lease
+from ._lease import Lease, leased
 from ._notice import Notice
 from ._openai import PRIORITY_HEADER, Headers, is_event_stream
 from ._payload import read_payload
@@ -216,29 +215,18 @@ class Responder:
 
     async def _wait_for_lease(self, model: str) -> Lease | None:
         """Queue for the model, as long as the client stays. Returns `None` if it left."""
-        lease: Lease | None = None
-        error: LLMuxError | None = None
         if (notice := self._notice or self._make_notice(model)) is not None:
             notice.start()
+        # What it has waited for the first time counts, if it is sent once more.
+        limit = self._switcher.request_timeout(model)
+        timeout = limit and max(0.0, limit - self._waited)
+        acquire = partial(self._switcher.acquire, model, timeout=timeout, priority=self._priority)
         begun = time.monotonic()
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._watch_client, tasks.cancel_scope)
-                try:
-                    # What it has waited for the first time counts, if it is sent once more.
-                    limit = self._switcher.request_timeout(model)
-                    timeout = limit and max(0.0, limit - self._waited)
-                    lease = await self._switcher.acquire(model, timeout=timeout, priority=self._priority)
-                except LLMuxError as exc:
-                    error = exc
-                tasks.cancel_scope.cancel()
-        except BaseException:
-            if lease is not None:
-                lease.release()
-            raise
-        if error is not None:
+            lease = await leased(acquire, self._client_gone)
+        except LLMuxError:
             self._waited += time.monotonic() - begun
-            raise error
+            raise
         if notice is not None:
             notice.admitted()
         return lease
@@ -292,11 +280,10 @@ class Responder:
         value = self._fields.get(name)
         return None if value is None else value.decode("latin-1")
 
-    async def _watch_client(self, waiting: anyio.CancelScope) -> None:
+    async def _client_gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
         self._note_disconnect()
-        waiting.cancel()
 
     def _note_disconnect(self) -> None:
         self._disconnected = True
