@@ -40,6 +40,7 @@ Kind: TypeAlias = Literal[
     "no-folder",
     "unwritable",
     "no-gpu",
+    "no-prometheus",
     "unreachable",
     "no-connection",
     "hangs",

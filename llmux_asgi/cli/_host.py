@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 
 from .._memory import NvmlGauge
@@ -28,6 +29,12 @@ def look_at_host(config: Config) -> list[Finding]:
             where, _, fault = str(error).partition(": ")
             mend = "Install the extra nvml and name a device that nvidia-smi shows, or write memory.check: none"
             found.append(Finding(kind="no-gpu", where=where, fault=fault, mend=mend))
+    if config.metrics is not None:
+        try:
+            import_module("llmux_asgi.exposition")
+        except ImportError as error:
+            mend = "pip install 'llmux-asgi[prometheus]', or leave metrics out"
+            found.append(Finding(kind="no-prometheus", where="$.metrics", fault=str(error), mend=mend))
     return found
 
 

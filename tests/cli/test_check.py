@@ -151,6 +151,18 @@ def test_what_the_machine_lacks_is_named(tmp_path: Path) -> None:
     assert "memory.check: none" in found["$.memory.device", "no-gpu"]
 
 
+def test_metrics_without_their_extra_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, {"models": {"a": {"command": [sys.executable, "{port}"]}}, "metrics": {}})
+    assert checked(path)["findings"] == []
+    for name in [name for name in sys.modules if name.startswith("llmux_asgi.exposition")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.prometheus", None)
+    finding = only_finding(checked(path))
+    assert (finding["kind"], finding["where"]) == ("no-prometheus", "$.metrics")
+    assert "llmux-asgi[prometheus]" in finding["mend"]
+
+
 # The servers
 
 
