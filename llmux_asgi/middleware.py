@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Collection, Mapping
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from opentelemetry.trace import INVALID_SPAN
@@ -90,10 +92,7 @@ class LLMuxMiddleware:
         return Responder(self, scope, receive, send, address, INVALID_SPAN).run()
 
     async def _serve_traced(self, scope: Scope, receive: Receive, send: Send, address: Address) -> None:
-        route = address.route.path
-        attributes: dict[str, str] = {names.HTTP_REQUEST_METHOD: scope["method"], names.HTTP_ROUTE: route}
-        if operation := names.OPERATIONS.get(route):
-            attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
+        attributes = _attributes(scope["method"], address.route.path)
         with self.switcher.telemetry.request(scope["headers"], attributes) as span:
             await Responder(self, scope, receive, send, address, span).run()
 
@@ -102,6 +101,15 @@ class LLMuxMiddleware:
         tasks = self.tasks.get(model)
         if tasks is not None and address.route.task is not None and address.route.task not in tasks:
             raise UnservedRouteError(model, address.path, tasks)
+
+
+@lru_cache(maxsize=128)
+def _attributes(method: str, route: str) -> Mapping[str, str]:
+    """What a span says of its request from the start."""
+    attributes = {names.HTTP_REQUEST_METHOD: method, names.HTTP_ROUTE: route}
+    if operation := names.OPERATIONS.get(route):
+        attributes |= {names.GEN_AI_OPERATION_NAME: operation, names.GEN_AI_PROVIDER_NAME: "vllm"}
+    return MappingProxyType(attributes)
 
 
 def route_path(scope: Scope) -> str:

@@ -65,7 +65,7 @@ _GETTER, _SETTER = _HeaderGetter(), _HeaderSetter()
 _SERVING_KEY = otel_context.create_key("llmux_asgi.serving")
 """In OpenTelemetry's context: the headers of the request that is being served."""
 _BARE_KEY = otel_context.create_key("llmux_asgi.bare")
-"""Likewise: whether these headers have nothing of a trace context, and one is carried in W3C's headers only."""
+"""Likewise: whether there is nothing but its span to be carried on, and that in W3C's headers."""
 _NOTHING = Context()
 
 
@@ -95,7 +95,7 @@ class RequestSpan:
             parent = _NOTHING if bare else extract(self._headers, context=_NOTHING, getter=_GETTER)
         kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
         self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
-        serving = Context({**current, _SERVING_KEY: self._headers, _BARE_KEY: bare})
+        serving = Context({**current, _SERVING_KEY: self._headers, _BARE_KEY: bare and not baggage.get_all(current)})
         self._token = otel_context.attach(trace.set_span_in_context(self._span, serving))
         return self._span
 
@@ -240,7 +240,7 @@ def inject_headers(headers: Headers, context: Context) -> None:
     """Write a trace context into the headers of a request to a backend, in place of any that it carries."""
     span = trace.get_current_span(context).get_span_context()
     is_valid = span.is_valid
-    if is_valid and context.get(_BARE_KEY) and not span.trace_state and not baggage.get_all(context):
+    if is_valid and context.get(_BARE_KEY) and not span.trace_state:
         # What the propagator would write, for a tenth of the price.
         headers.append((b"traceparent", b"00-%032x-%016x-%02x" % (span.trace_id, span.span_id, span.trace_flags)))
         return

@@ -363,6 +363,24 @@ def test_what_is_injected_is_what_the_propagator_writes(
     assert {name.decode(): value.decode() for name, value in headers} == {"x": "y", **expected}
 
 
+@pytest.mark.parametrize("bags", [{}, {"k": "v"}])
+def test_a_request_that_carries_nothing_goes_on_with_its_span_and_what_its_host_carries(bags: dict[str, str]) -> None:
+    recorded, headers, written = Recorded(), [(b"x", b"y")], dict[str, str]()
+    context = Context()
+    for key, value in bags.items():
+        context = baggage.set_baggage(key, value, context)
+    token = otel_context.attach(context)
+    try:
+        with recorded.telemetry.request(headers, {}):
+            relayed = [(b"x", b"y")]
+            inject_headers(relayed, otel_context.get_current())
+            inject(written)
+    finally:
+        otel_context.detach(token)
+    assert {name.decode(): value.decode() for name, value in relayed} == {"x": "y", **written}
+    assert written.keys() == {"traceparent", *(["baggage"] if bags else [])}
+
+
 def test_another_propagator_is_asked_for_its_own_headers() -> None:
     class Own(TextMapPropagator):
         def extract(self, carrier: Any, context: Context | None = None, getter: Any = default_getter) -> Context:
