@@ -25,6 +25,7 @@ LONGEST_NAME = 1024
 """Characters of a model's name; who sends more is not asking for a model."""
 
 
+_TRUE = memoryview(b"true")
 _BLOCK = 256 * 1024
 _SMALL = 64 * 1024
 """Bytes of a body up to which a value of any kind may be built in memory."""
@@ -36,11 +37,6 @@ class RequestFields(msgspec.Struct):
     # msgspec hands an `object` to `dec_hook`, once for each time that the key is met.
     model: object = None
     stream: msgspec.Raw = msgspec.Raw(b"false")
-
-    @property
-    def streams(self) -> bool:
-        """Whether the answer is to be a stream."""
-        return memoryview(self.stream) == memoryview(b"true")
 
 
 class _Checked(msgspec.Struct):
@@ -74,7 +70,7 @@ def read_json(body: bytes) -> tuple[str | None, bool]:
         raise InvalidRequestError("The request body has the key model more than once.", param="model")
     if fields.model is not None and not isinstance(fields.model, str):
         raise InvalidRequestError(_NO_STRING, param="model")
-    return fields.model, fields.streams
+    return fields.model, memoryview(fields.stream) == _TRUE
 
 
 def named_model(model: str | None) -> str:

@@ -192,7 +192,7 @@ class ModelSwitcher:
 
         `None`: it has no class. Raises `InvalidRequestError` if there is no such class.
         """
-        return self._priorities.choose(self.resolve(model) or model, asked)
+        return self._priorities.choose(self._names.get(model, model), asked)
 
     def try_acquire(self, model: str, *, priority: str | None = None) -> Lease | None:
         """Return a lease if `model` (a name or an alias) is active now, else `None`. Takes no lock and does not wait.

@@ -8,7 +8,7 @@ from typing import cast
 
 from .._turn import Turn
 from ._parser import Http1Response, ResponseParser, silence
-from ._pool import SMALL, Pool, Probe
+from ._pool import SMALL, Pool, probe
 from ._protocol import Content
 
 __all__ = ["AsyncioConnection"]
@@ -73,7 +73,7 @@ class AsyncioConnection(asyncio.Protocol):
 
     def is_fresh(self) -> bool:
         """Say whether the server has neither closed it nor sent anything unasked; also what the event loop has not seen yet."""
-        return not self._closed and self._probe.is_quiet()
+        return not self._closed and not self._probe(0)
 
     def close(self) -> None:
         """Close at once."""
@@ -96,7 +96,7 @@ class AsyncioConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         self._transport = cast("asyncio.Transport", transport)
-        self._probe = Probe(transport.get_extra_info("socket"))
+        self._probe = probe(transport.get_extra_info("socket"))
 
     def data_received(self, data: bytes) -> None:
         """Take a piece of the answer."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import select
 import socket
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from .._spawn import Later
 from ._parser import Http1Response
 from ._protocol import Content
 
-__all__ = ["SMALL", "Pool", "PooledConnection", "Probe"]
+__all__ = ["SMALL", "Pool", "PooledConnection", "probe"]
 
 
 SMALL = 65536
@@ -100,15 +101,11 @@ class Pool:
             self._trimming = Later(self._trim, max(0.0, next(iter(idle.values())) + self._keepalive - time.monotonic()))
 
 
-class Probe:
-    """Tells, without waiting, whether a socket has something to read: on an idle connection its end, or an unasked answer."""
+def probe(sock: socket.socket) -> Callable[[int], list[tuple[int, int]]]:
+    """Return a function that tells, called with 0, what there is: on an idle connection its end, or an unasked answer.
 
-    __slots__ = ("_poll",)
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._poll = select.poll()
-        self._poll.register(sock.fileno(), select.POLLIN)
-
-    def is_quiet(self) -> bool:
-        """Say whether there is nothing: no data, no end, no error."""
-        return not self._poll.poll(0)
+    It does not wait. The list is empty if there is nothing: no data, no end, no error.
+    """
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return poll.poll

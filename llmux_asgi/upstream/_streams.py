@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import ByteStream, SocketAttribute
 
 from ._parser import Http1Response, ResponseParser, silence
-from ._pool import SMALL, Pool, Probe
+from ._pool import SMALL, Pool, probe
 from ._protocol import Content
 
 __all__ = ["StreamConnection"]
@@ -27,7 +27,7 @@ class StreamConnection:
         self._stream = stream
         self._pool = pool
         self._socket: socket.socket = stream.extra(SocketAttribute.raw_socket)  # noqa: S610 - not Django's
-        self._probe = Probe(self._socket)
+        self._probe = probe(self._socket)
         self._parser = ResponseParser()
         self._response = Http1Response(self)
         self._unsent: tuple[bytes, Content] | None = None
@@ -64,7 +64,7 @@ class StreamConnection:
 
     def is_fresh(self) -> bool:
         """Say whether the server has neither closed it nor sent anything unasked."""
-        return not self._closed and self._probe.is_quiet()
+        return not self._closed and not self._probe(0)
 
     def close(self) -> None:
         """Close at once."""

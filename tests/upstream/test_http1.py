@@ -174,7 +174,8 @@ async def test_a_request_that_a_kept_connection_did_not_take_is_sent_on_a_new_on
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server closed it in the moment between the look at it and the first byte."""
-    monkeypatch.setattr("llmux_asgi.upstream._pool.Probe.is_quiet", lambda probe: True)
+    for module in ("_asyncio", "_streams"):
+        monkeypatch.setattr(f"llmux_asgi.upstream.{module}.probe", lambda sock: lambda timeout: [])
     reset = threading.Event()
 
     def script(peer: Peer) -> None:
