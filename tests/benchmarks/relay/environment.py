@@ -14,7 +14,6 @@ from tests.support.debian import Unavailable, program
 __all__ = ["ROUTER_VERSION", "Unavailable", "nginx", "users_python", "vllm_router"]
 
 ROUTER_VERSION = "0.1.17"
-_SYSTEM = "/usr/bin/python3"
 _ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -32,22 +31,14 @@ def vllm_router() -> str:
 def users_python() -> str:
     """An interpreter that has this project with its server and nothing else. Raises `Unavailable`.
 
-    Libraries import what they find: with the packages of the tests (trio, h2, rich) the gateway is 10 MB larger. It is the
-    distribution's own interpreter where that is recent enough: like those of python.org, Docker and uv it was compiled with
-    the help of a profile, and is about a tenth quicker than what pyenv builds, which the tests may be run by.
+    Libraries import what they find: with the packages of the tests (trio, h2, rich) the gateway is 10 MB larger.
     """
-    python = _distributions_python()
-    recipe = hashlib.sha256(f"{python}\n{_ROOT}\n{(_ROOT / 'pyproject.toml').read_text()}".encode()).hexdigest()
-    return str(_environment("relay-benchmark", ["--editable", f"{_ROOT}[server,otlp]"], recipe, python) / "python")
+    recipe = hashlib.sha256(f"{_ROOT}\n{(_ROOT / 'pyproject.toml').read_text()}".encode()).hexdigest()
+    name = f"relay-benchmark-py{sys.version_info.major}.{sys.version_info.minor}"
+    return str(_environment(name, ["--editable", f"{_ROOT}[server,otlp]"], recipe) / "python")
 
 
-def _distributions_python() -> str:
-    command = [_SYSTEM, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
-    found = Path(_SYSTEM).exists() and not subprocess.run(command, check=False).returncode
-    return _SYSTEM if found else sys.executable
-
-
-def _environment(name: str, requirement: list[str], recipe: str, python: str = sys.executable) -> Path:
+def _environment(name: str, requirement: list[str], recipe: str) -> Path:
     """The programs of a virtual environment in the user's cache folder, built if it is missing or of another recipe."""
     folder = cache_root() / name
     stamp = folder / "llmux-asgi-complete"
@@ -55,17 +46,16 @@ def _environment(name: str, requirement: list[str], recipe: str, python: str = s
         if not stamp.exists() or stamp.read_text() != recipe:
             if folder.exists():
                 shutil.rmtree(folder)
-            _build(folder, requirement, python, lock)
+            _build(folder, requirement, lock)
             stamp.write_text(recipe)  # last: a build that was interrupted has none
     return folder / "bin"
 
 
-def _build(folder: Path, requirement: list[str], python: str, lock: int) -> None:
+def _build(folder: Path, requirement: list[str], lock: int) -> None:
     what = requirement[-1]
     sys.stderr.write(f"installing {what} into {folder}\n")
-    # This interpreter's pip: Debian's comes without.
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python", str(folder / "bin" / "python")]
-    for command in ([python, "-m", "venv", "--without-pip", str(folder)], [*pip, "install", *requirement]):
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "-q", "--disable-pip-version-check"]
+    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "install", *requirement]):
         done = subprocess.run(command, pass_fds=[lock], capture_output=True, text=True, check=False)
         if done.returncode:
             raise Unavailable(f"{what} cannot be installed: {done.stderr[-300:].strip()}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tests.benchmarks.relay.candidates import Candidate, Place
-from tests.benchmarks.relay.environment import Unavailable, users_python
+from tests.benchmarks.relay.environment import Unavailable
 from tests.benchmarks.relay.load import Result, Sizes
 from tests.benchmarks.relay.processes import cores, free_port, many_files, memory, pinned, started, wait_ready
 from tests.benchmarks.relay.report import Report, Run
@@ -141,17 +141,7 @@ def _machine() -> str:
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     one, other = cores()
     where = f"cores {one} and {other}" if one != other else "one core for all"
-    return f"{names[0] if names else platform.machine()} ({where}), {_pythons()}"
-
-
-def _pythons() -> str:
-    own = f"Python {platform.python_version()}"
-    try:
-        command = [users_python(), "-c", "import platform; print(platform.python_version())"]
-        gateways = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (Unavailable, subprocess.CalledProcessError):  # the candidates will say so
-        return own
-    return f"{own} (the gateway: {gateways})"
+    return f"{names[0] if names else platform.machine()} ({where}), Python {platform.python_version()}"
 
 
 def _versions() -> dict[str, str]:
