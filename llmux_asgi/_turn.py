@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 __all__ = ["Turn"]
 
@@ -19,7 +19,7 @@ class Turn:
     __slots__ = ("_due", "_loop", "_quiet", "alone")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self._loop = ref(loop)  # else it would be kept by what is kept for it
         self._due: list[Callable[[], None]] = []
         self._quiet = 0
         """In how many turns in a row there was one function, or none."""
@@ -39,8 +39,13 @@ class Turn:
         if self._due:
             self.alone = False
         else:
-            self._loop.call_soon(self._end)
+            self._the_loop().call_soon(self._end)
         self._due.append(function)
+
+    def _the_loop(self) -> asyncio.AbstractEventLoop:
+        loop = self._loop()
+        assert loop is not None  # noqa: S101 (for the type: who calls runs in it)
+        return loop
 
     def _end(self) -> None:
         due, self._due = self._due, []
@@ -50,7 +55,7 @@ class Turn:
             try:
                 function()
             except Exception as exc:  # noqa: BLE001 - what an event loop does: the others are not to suffer
-                self._loop.call_exception_handler({"message": f"{function} failed", "exception": exc})
+                self._the_loop().call_exception_handler({"message": f"{function} failed", "exception": exc})
 
 
 _A_WHILE = 8

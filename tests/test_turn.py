@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -54,6 +56,16 @@ async def test_who_has_been_alone_for_a_while_is_alone_until_another_one_comes()
             alone.append(turn.alone)
         await next_turn()
     assert alone == [False] * 8 + [True] + [True, False] + [False]
+
+
+async def test_nothing_is_kept_of_a_loop_that_has_ended() -> None:
+    loop = asyncio.new_event_loop()
+    Turn.of(loop)
+    loop.close()
+    ended = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert ended() is None
 
 
 async def test_a_loop_has_one() -> None:
