@@ -48,7 +48,6 @@ class GatheringProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
-        self._raw = transport
         self._gathering = _Gathering(transport, self.loop)
         super().connection_made(cast("asyncio.Transport", self._gathering))
 
@@ -61,7 +60,7 @@ class GatheringProtocol(HttpToolsProtocol):
         """Send the end of the answer, and wait for the next request."""
         if self._gathering.turn.alone:  # not after all that the app has to put away behind it
             self._gathering.flush()
-        if self.pipeline or self._raw.is_closing():
+        if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
             return
         self.server_state.total_requests += 1

@@ -176,7 +176,6 @@ async def test_one_timer_serves_all_requests_and_ends_with_the_connection() -> N
             await server.answer()
         assert server.timer is timer
         gone = asyncio.Event()
-        server.protocol.connections.discard(server.protocol)
         lost = server.protocol.connection_lost
 
         def connection_lost(exc: Exception | None) -> None:

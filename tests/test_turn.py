@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import Any
 
+import anyio.lowlevel
 import pytest
 
 from llmux_asgi._turn import Turn
@@ -15,7 +16,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyn
 
 
 async def next_turn() -> None:
-    await asyncio.sleep(0)
+    await anyio.lowlevel.checkpoint()
 
 
 async def test_functions_are_called_in_a_row_when_all_else_is_done() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -107,13 +108,13 @@ async def test_an_awaitable_need_not_be_a_generator() -> None:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[str] = loop.create_future()
     loop.call_soon(future.set_result, "x")
-    assert await within(5, Bare(future)) == "x"  # type: ignore[arg-type]
+    assert await within(5, cast("Awaitable[str]", Bare(future))) == "x"
 
     with pytest.raises(TimeoutError):
-        await within(0.01, Bare(loop.create_future()))  # type: ignore[arg-type]
+        await within(0.01, cast("Awaitable[str]", Bare(loop.create_future())))
     last = Bare(loop.create_future(), can_be_told=True)
     with pytest.raises(TimeoutError):
-        await within(0.01, last)  # type: ignore[arg-type]
+        await within(0.01, cast("Awaitable[str]", last))
     assert last.told
 
 
