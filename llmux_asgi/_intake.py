@@ -45,11 +45,11 @@ class Intake:
         raw = b"".join(chain.from_iterable(headers))
         if len(raw) + len(query) > self.max_headers:
             raise HeadersTooLargeError(self.max_headers)
-        if b"\n" in raw or b"\r" in raw or b"\0" in raw:
+        if raw.find(b"\n") >= 0 or raw.find(b"\r") >= 0 or raw.find(b"\0") >= 0:
             raise InvalidRequestError("A header has a line break or a null byte in it.")
         if query and _BAD_QUERY.search(query):
             raise InvalidRequestError("The query has characters in it that must be percent-encoded.")
-        if b"content-encoding" in raw:
+        if raw.find(b"content-encoding") >= 0:
             for name, value in headers:
                 if name == b"content-encoding" and value.strip().lower() not in _AS_IT_IS:
                     raise EncodedBodyError

@@ -57,11 +57,16 @@ def relayed_request_headers(headers: Headers, authorization: bytes | None = None
     The names are in lower case already, as ASGI has them. `authorization` is the backend's own, in place of any credential of
     the client's.
     """
-    kept = [pair for pair in headers if pair[0] not in _NOT_SENT_UP]
-    for name, value in headers:
-        if name == b"connection" and value not in (b"keep-alive", b"close"):
-            named = _tokens(value)
-            kept = [pair for pair in kept if pair[0] not in named]
+    kept: Headers = []
+    named: set[bytes] = set()
+    for pair in headers:
+        name = pair[0]
+        if name not in _NOT_SENT_UP:
+            kept.append(pair)
+        elif name == b"connection" and pair[1] not in (b"keep-alive", b"close"):
+            named |= _tokens(pair[1])
+    if named:
+        kept = [pair for pair in kept if pair[0] not in named]
     kept.append((b"accept-encoding", b"identity"))
     if authorization is not None:
         kept = without_credentials(kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from typing import Any, cast
+from typing import Any
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -49,7 +49,7 @@ class GatheringProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
         self._gathering = _Gathering(transport, self.loop)
-        super().connection_made(cast("asyncio.Transport", self._gathering))
+        super().connection_made(self._gathering)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""
@@ -58,7 +58,7 @@ class GatheringProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Send the end of the answer, and wait for the next request."""
-        if self._gathering.turn.alone:  # not after all that the app has to put away behind it
+        if self._gathering.turn.alone:  # not after all that the app has to put away transport it
             self._gathering.flush()
         if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
@@ -86,31 +86,28 @@ class GatheringProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
 
-class _Gathering:
-    """A transport that writes at the end of the present turn of the loop."""
+class _Gathering(asyncio.Transport):
+    """A transport that writes at the end of the present turn of the loop; all else is done by the one that it is given."""
 
-    __slots__ = ("_parts", "_size", "_transport", "turn")
+    # Each method by name: with a `__getattr__` a look at any attribute would cost several times as much.
+    __slots__ = ("_parts", "_size", "_transport", "is_closing", "turn")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
         self._transport = transport
+        self.is_closing = transport.is_closing  # type: ignore[method-assign] # asked for several times a request
         self.turn = Turn.of(loop)
         self._parts: list[bytes] = []
         self._size = 0
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write `data` soon."""
         if not self._parts:
             self.turn.at_end(self.flush)
-        self._parts.append(data)
+        self._parts.append(bytes(data))
         self._size += len(data)
         if self._size > _MOST_GATHERED:  # so that the transport can say when it is too much
             self.flush()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
 
     def flush(self) -> None:
         """Write what there is."""
@@ -119,5 +116,56 @@ class _Gathering:
             self._parts, self._size = [], 0
             self._transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
+    def close(self) -> None:
+        """Close when all is written."""
+        self.flush()
+        self._transport.close()
+
+    def write_eof(self) -> None:
+        """Write no more."""
+        self.flush()
+        self._transport.write_eof()
+
+    def can_write_eof(self) -> bool:
+        """Whether `write_eof` can be called."""
+        return self._transport.can_write_eof()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._transport.abort()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        """What is known of the connection."""
+        return self._transport.get_extra_info(name, default)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Have another protocol told of what happens."""
+        self._transport.set_protocol(protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Who is told of what happens."""
+        return self._transport.get_protocol()
+
+    def is_reading(self) -> bool:
+        """Whether what arrives is read."""
+        return self._transport.is_reading()
+
+    def pause_reading(self) -> None:
+        """Read no more for a while."""
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        self._transport.resume_reading()
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """From how many bytes on the protocol is told to pause."""
+        self._transport.set_write_buffer_limits(high, low)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Those limits, the lower first."""
+        return self._transport.get_write_buffer_limits()
+
+    def get_write_buffer_size(self) -> int:
+        """How many bytes wait to be written."""
+        return self._size + self._transport.get_write_buffer_size()

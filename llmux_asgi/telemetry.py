@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
+from operator import itemgetter
 from types import TracebackType
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -19,7 +20,7 @@ from opentelemetry.baggage.propagation import W3CBaggagePropagator
 from opentelemetry.context import Context
 from opentelemetry.propagate import extract, get_global_textmap, inject
 from opentelemetry.propagators.textmap import Getter, Setter, TextMapPropagator
-from opentelemetry.trace import Link, ProxyTracerProvider, Span, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace import INVALID_SPAN, Link, ProxyTracerProvider, Span, SpanContext, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from . import _names as names
@@ -67,6 +68,8 @@ _SERVING_KEY = otel_context.create_key("llmux_asgi.serving")
 _BARE_KEY = otel_context.create_key("llmux_asgi.bare")
 """Likewise: whether there is nothing but its span to be carried on, and that in W3C's headers."""
 _NOTHING = Context()
+(_SPAN_KEY,) = trace.set_span_in_context(INVALID_SPAN, _NOTHING)
+"""Under which OpenTelemetry has the current span in there."""
 
 
 class RequestSpan:
@@ -83,21 +86,21 @@ class RequestSpan:
         self._attributes = attributes
 
     def __enter__(self) -> Span:
-        current = otel_context.get_current()
-        if current.get(_SERVING_KEY, self._headers) is not self._headers:
+        headers, current = self._headers, otel_context.get_current()
+        if current and current.get(_SERVING_KEY, headers) is not headers:
             # uvicorn starts a request that came while the one before it was ending in the context of that one: nothing
             # in there is this request's. What stays the same while a host hands a request on is its list of headers.
-            current = Context()
+            current = _NOTHING
         hosted = bool(current) and trace.get_current_span(current).get_span_context().is_valid
-        bare = _is_w3c() and not _carries(self._headers)
+        bare = _is_w3c() and _W3C.isdisjoint(map(_NAME, headers))
         parent = current
         if not hosted:
-            parent = _NOTHING if bare else extract(self._headers, context=_NOTHING, getter=_GETTER)
+            parent = _NOTHING if bare else extract(headers, context=_NOTHING, getter=_GETTER)
         kind = SpanKind.INTERNAL if hosted else SpanKind.SERVER
-        self._span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
-        serving = Context({**current, _SERVING_KEY: self._headers, _BARE_KEY: bare and not baggage.get_all(current)})
-        self._token = otel_context.attach(trace.set_span_in_context(self._span, serving))
-        return self._span
+        self._span = span = self._tracer.start_span(SPAN_REQUEST, context=parent, kind=kind, attributes=self._attributes)
+        bare = bare and not (current and baggage.get_all(current))
+        self._token = otel_context.attach(Context({**current, _SERVING_KEY: headers, _BARE_KEY: bare, _SPAN_KEY: span}))
+        return span
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, where: TracebackType | None) -> None:
         otel_context.detach(self._token)
@@ -251,11 +254,7 @@ def inject_headers(headers: Headers, context: Context) -> None:
 
 
 _W3C = frozenset({b"traceparent", b"tracestate", b"baggage"})
-
-
-def _carries(headers: Headers) -> bool:
-    """Whether there is anything of a W3C trace context."""
-    return not _W3C.isdisjoint([name for name, _ in headers])
+_NAME: Callable[[tuple[bytes, bytes]], bytes] = itemgetter(0)
 
 
 @lru_cache(maxsize=4)
