@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -19,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from llmux_asgi import LLMuxApp
+from llmux_asgi.otlp import OTLPSpanExporter
 
 provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "llm-gateway"}))
 provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))

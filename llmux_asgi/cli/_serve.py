@@ -26,6 +26,7 @@ from ..app import LLMuxApp
 from ..exceptions import ConfigError, LLMuxError
 from ..serving import GatheringProtocol, tune_garbage_collection
 from ._app import FAILED, SETUP, UNUSABLE, app, fail
+from ._tracing import tracer_provider
 
 __all__ = ["Server", "ready_line", "serve"]
 
@@ -57,6 +58,8 @@ def serve(
 ) -> None:
     """Run the gateway. Says in one line where it listens. SIGTERM and SIGINT end it in order; SIGHUP reloads the configuration.
 
+    With OTEL_EXPORTER_OTLP_ENDPOINT set, and the extra otlp, its spans are sent there.
+
     Exit status: 0 ended by a signal; 1 the port is taken, or a server cannot do what the configuration asks for; 2 the
     configuration cannot be used.
     """
@@ -65,7 +68,7 @@ def serve(
         fail(f"serve: --prefix {prefix}: it begins with a slash", UNUSABLE)
     _set_up_logging(log_level)
     try:
-        gateway = LLMuxApp(config)
+        gateway = LLMuxApp(config, tracer_provider=tracer_provider())
     except ConfigError as error:
         fail(f"serve: {error}", UNUSABLE)
     try:

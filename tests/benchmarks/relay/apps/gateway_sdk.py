@@ -1,12 +1,12 @@
-"""The gateway with OpenTelemetry's SDK as it comes: all spans recorded, sent in batches over OTLP/HTTP to the upstream."""
+"""The gateway with OpenTelemetry's SDK: all spans recorded, sent in batches over OTLP/HTTP to the upstream, as `serve` does."""
 
 from __future__ import annotations
 
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmux_asgi import LLMuxApp
+from llmux_asgi.otlp import OTLPSpanExporter
 from tests.benchmarks.relay.apps import gateway
 
 __all__ = ["build"]
