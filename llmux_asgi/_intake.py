@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
 from ._openai import Headers
 from ._waiting import within
@@ -26,6 +27,9 @@ __all__ = ["Intake", "Upload"]
 # A server's parser lets none of these pass. Others that hand a request to the gateway may: HTTP/2, a host's own rewriting.
 _BAD_QUERY = re.compile(rb"[^!-~]|#")
 _AS_IT_IS = (b"", b"identity")
+SCOPE_HEAD_BYTES = "llmux.head_bytes"
+"""Key of the ASGI scope: how many bytes, at most, a request's target and headers have. Only a server sets it that lets no line
+break and no null byte through."""
 
 
 @dataclass(slots=True)
@@ -40,16 +44,19 @@ class Intake:
     """Bytes of all bodies together, until their requests are over."""
     held: int = 0
 
-    def check(self, headers: Headers, query: bytes) -> None:
-        """Raise `InvalidRequestError` if a request must not be passed on, or cannot be."""
-        raw = b"".join(chain.from_iterable(headers))
-        if len(raw) + len(query) > self.max_headers:
-            raise HeadersTooLargeError(self.max_headers)
-        if raw.find(b"\n") >= 0 or raw.find(b"\r") >= 0 or raw.find(b"\0") >= 0:
-            raise InvalidRequestError("A header has a line break or a null byte in it.")
+    def check(self, scope: Scope, fields: Mapping[bytes, bytes]) -> None:
+        """Raise `InvalidRequestError` if a request must not be passed on, or cannot be. `fields` are its headers by name."""
+        headers: Headers = scope["headers"]
+        query: bytes = scope.get("query_string", b"")
+        if scope.get(SCOPE_HEAD_BYTES, self.max_headers + 1) > self.max_headers:
+            raw = b"".join(chain.from_iterable(headers))
+            if len(raw) + len(query) > self.max_headers:
+                raise HeadersTooLargeError(self.max_headers)
+            if raw.find(b"\n") >= 0 or raw.find(b"\r") >= 0 or raw.find(b"\0") >= 0:
+                raise InvalidRequestError("A header has a line break or a null byte in it.")
         if query and _BAD_QUERY.search(query):
             raise InvalidRequestError("The query has characters in it that must be percent-encoded.")
-        if raw.find(b"content-encoding") >= 0:
+        if b"content-encoding" in fields:
             for name, value in headers:
                 if name == b"content-encoding" and value.strip().lower() not in _AS_IT_IS:
                     raise EncodedBodyError

@@ -73,7 +73,7 @@ class Realtime:
             times, telemetry = RequestTimes(), self.switcher.telemetry
             model, priority, status, lease = "", None, 0, None
             try:
-                self.middleware.intake.check(scope["headers"], scope.get("query_string", b""))
+                self.middleware.intake.check(scope, dict(scope["headers"]))
                 model = self._find_model(scope, address, grant)
                 span.set_attributes({names.GEN_AI_REQUEST_MODEL: model, names.MODEL: model})
                 asked = _header(scope, PRIORITY_HEADER)

@@ -112,7 +112,7 @@ class Responder:
     async def run(self) -> None:
         model = ""
         try:
-            self._middleware.intake.check(self._headers, self._scope.get("query_string", b""))
+            self._middleware.intake.check(self._scope, self._fields)
             # Read whole in any case: a client that takes its time to send it must not hold a lease meanwhile.
             self._body = await self._upload.read(self._middleware.max_body, self._fields.get(b"content-length", b""))
             if self._body is None:

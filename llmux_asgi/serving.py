@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError(f"llmux_asgi.serving needs the extra server: pip install 'llmux-asgi[server]' ({error})") from error
 
+from ._intake import SCOPE_HEAD_BYTES
 from ._turn import Turn
 
 __all__ = ["GatheringProtocol", "tune_garbage_collection"]
@@ -45,6 +46,10 @@ class GatheringProtocol(HttpToolsProtocol):
 
     _idle_since: float | None = None
     """Since when the connection waits for its next request; `None`: it does not."""
+    _head_bytes = 0
+    """How many bytes have come with the head of the present request."""
+    _in_head = False
+    """Whether it is not complete."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
@@ -55,6 +60,23 @@ class GatheringProtocol(HttpToolsProtocol):
         """The connection is gone."""
         super().connection_lost(exc)
         super()._unset_keepalive_if_required()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come."""
+        self._head_bytes = len(data) + (self._head_bytes if self._in_head else 0)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Start the app, or have the request wait for the one before it."""
+        self._in_head = False
+        # httptools refuses line breaks and null bytes.
+        self.scope[SCOPE_HEAD_BYTES] = self._head_bytes  # type: ignore[literal-required] # not one of ASGI's own keys
+        super().on_headers_complete()
 
     def on_response_complete(self) -> None:
         """Send the end of the answer, and wait for the next request."""

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from llmux_asgi._intake import SCOPE_HEAD_BYTES
 from llmux_asgi.serving import GatheringProtocol
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)]
@@ -137,6 +138,52 @@ async def test_pipelined_requests_are_answered_in_turn() -> None:
     async with serving(one_byte) as server:
         server.writer.write(REQUEST % 1 + REQUEST % 2 + REQUEST % 3)
         assert [(await server.answer())[-1:] for _ in range(3)] == [b"1", b"2", b"3"]
+
+
+async def test_the_scope_tells_how_many_bytes_the_head_has_at_most() -> None:
+    """A request may come in parts, behind another one, or with its body; what is told may be too much, and never too little."""
+    told: list[int] = []
+    first = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        told.append(scope[SCOPE_HEAD_BYTES])
+        await one_byte(scope, receive, send)
+
+    post = b"POST /3 HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbody"
+    async with serving(app) as server:
+        assert told == [len(REQUEST % 0)]
+        feed = server.protocol.data_received
+
+        def data_received(data: bytes) -> None:
+            feed(data)
+            first.set()
+
+        server.protocol.data_received = data_received  # type: ignore[method-assign]
+        begun, rest = (REQUEST % 1)[:9], (REQUEST % 1)[9:]
+        server.writer.write(begun)
+        await first.wait()
+        server.writer.write(rest + REQUEST % 2)
+        assert [(await server.answer())[-1:] for _ in range(2)] == [b"1", b"2"]
+        server.writer.write(post)
+        assert (await server.answer()).endswith(b"3")
+    assert told[1:] == [len(REQUEST % 1 + REQUEST % 2)] * 2 + [
+        len(b"POST /3 HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbody")
+    ]
+
+
+@pytest.mark.parametrize("spoiled", [b"a: b\nc", b"a: b\rc", b"a: b\0c", b"a\nb: c", b"a\0: b", b"a: b\r\n c"])
+async def test_no_header_has_a_line_break_or_a_null_byte_in_it(spoiled: bytes) -> None:
+    """The scope says so: where it tells of its size the gateway does not look again."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.extend(scope["headers"])
+        await one_byte(scope, receive, send)
+
+    async with serving(app) as server:
+        server.writer.write(b"GET /1 HTTP/1.1\r\nhost: x\r\n" + spoiled + b"\r\n\r\n")
+        assert b" 400 " in await asyncio.wait_for(server.reader.readline(), 5)
+    assert not any(byte in part for pair in seen for part in pair for byte in b"\r\n\0")
 
 
 async def test_an_idle_connection_is_closed_after_its_time() -> None:

@@ -103,7 +103,7 @@ class AdminApp:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         limits = self._gateway.config.limits
         intake = Intake(limits.max_headers, limits.body_timeout, limits.max_buffered)
-        intake.check(scope["headers"], scope["query_string"])
+        intake.check(scope, dict(scope["headers"]))
         path = route_path(scope)[len(self._prefix) :]
         if path != "/api" and not path.startswith("/api/"):
             await self._serve_page(path, scope, receive, send)

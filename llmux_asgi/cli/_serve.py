@@ -85,7 +85,7 @@ def serve(
             logger.info("the admin page is at %s/", admin)
         ready = ready_line(gateway.config.models, root, admin, as_json=json)
         settings = uvicorn.Config(
-            Starlette(routes=[Mount(prefix, gateway)]),
+            Starlette(routes=[Mount(prefix, gateway)]) if prefix else gateway,
             lifespan="off",  # the server enters the gateway's own
             http=GatheringProtocol,
             ws="wsproto",
