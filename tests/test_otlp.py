@@ -73,9 +73,13 @@ class Kept:
         self.provider = TracerProvider(resource=resource, span_limits=limits, id_generator=Ids())
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
 
+    @property
+    def spans(self) -> tuple[ReadableSpan, ...]:
+        return self.exporter.get_finished_spans()
+
     def span(self, attributes: Mapping[str, Any] | None = None, name: str = "llmux.request", scope: str = "s") -> ReadableSpan:
         self.provider.get_tracer(scope).start_span(name, kind=SpanKind.SERVER, attributes=attributes).end()
-        return self.exporter.get_finished_spans()[-1]
+        return self.spans[-1]
 
 
 @st.composite
@@ -102,7 +106,7 @@ def some_spans(draw: st.DrawFn) -> list[ReadableSpan]:
         if status is not None:
             span.set_status(status)
         span.end(draw(st.integers(0, (1 << 64) - 1)))
-    return [span for each in kept for span in each.exporter.get_finished_spans()]
+    return [span for each in kept for span in each.spans]
 
 
 def said(request: ExportTraceServiceRequest) -> Counter[tuple[bytes, str, bytes, str, bytes]]:
@@ -136,6 +140,39 @@ def test_what_is_encoded_says_what_opentelemetry_s_own_encoder_says(spans: list[
 def test_a_plain_span_is_the_same_byte_by_byte(attributes: dict[str, Any]) -> None:
     span = Kept().span(attributes)
     assert otlp.encode([span]) == encode_spans([span]).SerializeToString()
+
+
+PARENT = SpanContext(1 << 120, 1 << 60, is_remote=False, trace_flags=TraceFlags(1))
+STATE = TraceState([("a", "b")])
+
+
+@pytest.mark.parametrize(
+    "parent",
+    [
+        None,
+        PARENT,
+        SpanContext(PARENT.trace_id, PARENT.span_id, is_remote=True, trace_flags=TraceFlags(1)),
+        SpanContext(PARENT.trace_id, PARENT.span_id, is_remote=True, trace_flags=TraceFlags(1), trace_state=STATE),
+    ],
+)
+def test_a_span_keeps_its_parent_and_the_state_of_its_trace(parent: SpanContext | None) -> None:
+    kept = Kept()
+    context = None if parent is None else set_span_in_context(NonRecordingSpan(parent))
+    kept.provider.get_tracer("s").start_span("name", context=context).end()
+    assert said(encoded(kept.spans)) == said(encode_spans(kept.spans))
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 16_000, 16_383, 16_384, 40_000, 3_000_000])
+def test_any_length_is_written_right(length: int) -> None:
+    span = Kept().span({"long": "x" * length})
+    assert otlp.encode([span]) == encode_spans([span]).SerializeToString()
+
+
+def test_what_was_dropped_is_told() -> None:
+    kept = Kept(limits=SpanLimits(max_attributes=1))
+    kept.span({"a": 1, "b": 2})
+    assert said(encoded(kept.spans)) == said(encode_spans(kept.spans))
+    assert encoded(kept.spans).resource_spans[0].scope_spans[0].spans[0].dropped_attributes_count == 1
 
 
 def test_values_that_are_equal_and_not_the_same_are_told_apart() -> None:
