@@ -30,8 +30,8 @@ class OTLPSpanExporter(trace_exporter.OTLPSpanExporter):
     """OpenTelemetry's exporter over OTLP/HTTP with a quicker encoder. Arguments and environment variables are the same.
 
     A gateway shares the interpreter with its exporter. OpenTelemetry's encoder makes an object for each attribute of each
-    span; this one writes the bytes of ordinary spans at once, for a fifth of the work. What is sent says the same. It works with
-    version 1.40 of OpenTelemetry's exporter and newer ones; an older one goes on encoding by itself.
+    span; this one writes the bytes of ordinary spans at once, for a fifth of the work. What is sent says the same. For that it
+    needs version 1.40 of OpenTelemetry's exporter or a newer one; an older one goes on encoding by itself.
     """
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
