@@ -34,7 +34,7 @@ def test_its_spans_arrive_also_those_of_the_last_moment(tmp_path: Path, monkeypa
         config.write_text(json.dumps({"models": {"qwen": {"url": sim.url}}}))
         with served(str(config)) as (url, process):
             body = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
-            assert httpx.post(f"{url}/chat/completions", json=body).status_code == 200
+            assert httpx.post(f"{url}/chat/completions", json=body, timeout=30).status_code == 200
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 0
     assert [span.name for span in spans] == ["llmux.request"]
