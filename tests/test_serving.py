@@ -158,7 +158,7 @@ async def test_the_scope_tells_how_many_bytes_the_head_has_at_most() -> None:
             feed(data)
             first.set()
 
-        server.protocol.data_received = data_received  # type: ignore[method-assign]
+        server.protocol.data_received = data_received  # type: ignore[method-assign] # to know when the first part is in
         begun, rest = (REQUEST % 1)[:9], (REQUEST % 1)[9:]
         server.writer.write(begun)
         await first.wait()
@@ -166,9 +166,7 @@ async def test_the_scope_tells_how_many_bytes_the_head_has_at_most() -> None:
         assert [(await server.answer())[-1:] for _ in range(2)] == [b"1", b"2"]
         server.writer.write(post)
         assert (await server.answer()).endswith(b"3")
-    assert told[1:] == [len(REQUEST % 1 + REQUEST % 2)] * 2 + [
-        len(b"POST /3 HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nbody")
-    ]
+    assert told[1:] == [len(REQUEST % 1 + REQUEST % 2)] * 2 + [len(post)]
 
 
 @pytest.mark.parametrize("spoiled", [b"a: b\nc", b"a: b\rc", b"a: b\0c", b"a\nb: c", b"a\0: b", b"a: b\r\n c"])
