@@ -80,7 +80,7 @@ class GatheringProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Send the end of the answer, and wait for the next request."""
-        if self._gathering.turn.alone:  # not after all that the app has to put away transport it
+        if self._gathering.turn.alone:  # not after all that the app has to put away behind it
             self._gathering.flush()
         if self.pipeline or self.transport.is_closing():
             super().on_response_complete()
