@@ -6,6 +6,11 @@ import importlib.util
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long something takes says nothing of whether it is right: six workers share two cores.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So it is where a shell has started this in the background, for all processes too. Tests press Ctrl-C.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -257,7 +257,5 @@ class SwitcherStateMachine(RuleBasedStateMachine):
         assert self.state.target is None or switching
 
 
-SwitcherStateMachine.TestCase.settings = settings(
-    max_examples=80, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+SwitcherStateMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
 TestSwitcherState = SwitcherStateMachine.TestCase

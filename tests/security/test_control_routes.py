@@ -171,7 +171,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     path=st.lists(st.sampled_from(PIECES), min_size=1, max_size=9).map("".join),
     method=st.sampled_from([b"POST", b"POST", b"GET", b"DELETE"]),

@@ -38,7 +38,7 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(data=requests | st.binary(max_size=200))
 @pytest.mark.parametrize("loop", ["asyncio"], indirect=True)  # hypercorn on trio ends with its process at the first stray byte
 def test_whatever_is_sent_the_gateway_is_not_at_fault(tight: Fortress, data: bytes) -> None:

@@ -80,7 +80,7 @@ def check(result: Result, load: Workload, active: str | None) -> None:
 
 @given(load=loads, name=names, active=st.sampled_from([None, "a"]), stay=st.sampled_from([0.0, 3.0]))
 @example(load=Workload("load", []), name="fifo", active=None, stay=0.0)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nobody_waits_for_longer_than_the_policys_docstring_says(
     load: Workload, name: str, active: str | None, stay: float
 ) -> None:
@@ -100,7 +100,7 @@ def test_nobody_waits_for_longer_than_the_policys_docstring_says(
     max_freezes=st.sampled_from([1, 16]),
     recompute=st.sampled_from([0.0, 0.7]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_with_preemption_each_gets_its_service_whole_and_no_drain_is_waited_for(
     load: Workload, name: str, stay: float, drain_timeout: float | None, max_freezes: int, recompute: float
 ) -> None:
@@ -135,7 +135,7 @@ def test_with_preemption_each_gets_its_service_whole_and_no_drain_is_waited_for(
     limit=st.sampled_from([2.0, 9.0]),
     room=st.sampled_from([None, 3]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_with_limits_each_is_answered_lost_cut_or_refused(
     load: Workload, name: str, drain: str, deadline: float | None, limit: float, room: int | None
 ) -> None:

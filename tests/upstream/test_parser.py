@@ -165,7 +165,7 @@ def answers(draw: st.DrawFn) -> bytes:
 
 
 @given(answers(), st.lists(st.integers(0, 10_000), max_size=8))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_split_of_an_answer_reads_the_same(data: bytes, cuts: list[int]) -> None:
     whole, _ = read([data])
     parts, _ = read(split(data, cuts))
@@ -190,7 +190,7 @@ FRAGMENTS = [
 
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=20), max_size=12), st.lists(st.integers(0, 10_000), max_size=5))
 @example([b"HTTP/1.1 101 S\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", PLAIN], [])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_no_bytes_do_more_than_fail(fragments: list[bytes], cuts: list[int]) -> None:
     data = b"".join(fragments)
     response, parser = read(split(data, cuts))
