@@ -12,16 +12,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from llmux_asgi import LLMuxApp
-from llmux_asgi.otlp import OTLPSpanExporter
+from llmux_asgi.otlp import OTLPSpanExporter, TracerProvider
 
+# --8<-- [start:provider]
 provider = TracerProvider(resource=Resource.create({SERVICE_NAME: "llm-gateway"}))
 provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+# --8<-- [end:provider]
 
 llm = LLMuxApp(Path(__file__).with_name("llmux.yaml"), tracer_provider=provider)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from opentelemetry import trace
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import TracerProvider
+    from ..otlp import TracerProvider
 
 __all__ = ["tracer_provider"]
 
@@ -51,10 +51,9 @@ def tracer_provider() -> TracerProvider | None:
 
 def _provider() -> TracerProvider:
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-    from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    from ..otlp import OTLPSpanExporter
+    from ..otlp import OTLPSpanExporter, TracerProvider
 
     resource = Resource.create()
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):  # the environment names none

@@ -16,7 +16,6 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import (
     Link,
     NonRecordingSpan,
@@ -30,47 +29,22 @@ from opentelemetry.trace import (
 )
 
 from llmux_asgi import otlp
+from llmux_asgi.otlp import OTLPSpanExporter, _exporter, encode
+from tests.otlp.strategies import ATTRIBUTES, CONTEXTS, SIMPLE_ATTRIBUTES, Ids
 from tests.support.otlp import receive_spans
-
-IDS = st.integers(1, (1 << 64) - 1)
-CONTEXTS = st.builds(
-    SpanContext,
-    st.integers(1, (1 << 128) - 1),
-    IDS,
-    st.booleans(),
-    st.just(TraceFlags(1)),
-    st.sampled_from([TraceState(), TraceState([("a", "b"), ("c", "d")])]),
-)
-TEXT = st.text(st.characters(), max_size=300)  # half surrogates, too
-SIMPLE = st.one_of(TEXT, st.booleans(), st.integers(-(1 << 65), 1 << 65), st.floats())
-VALUES = st.one_of(
-    SIMPLE, st.none(), st.binary(max_size=9), st.lists(SIMPLE, max_size=3), st.dictionaries(TEXT, SIMPLE, max_size=2)
-)
-ATTRIBUTES = st.dictionaries(st.text(min_size=1, max_size=9), VALUES, max_size=6)
-SIMPLE_ATTRIBUTES = st.dictionaries(st.text(min_size=1, max_size=9), SIMPLE, max_size=6)
-
-
-class Ids(IdGenerator):
-    """Not random: that would be unknown to hypothesis. From small numbers, with zeros before them, to the largest."""
-
-    def __init__(self) -> None:
-        self._made = 0
-
-    def generate_span_id(self) -> int:
-        self._made += 1
-        return self._made if self._made % 2 else (1 << 64) - self._made
-
-    def generate_trace_id(self) -> int:
-        self._made += 1
-        return self._made if self._made % 2 else (1 << 128) - self._made
 
 
 class Kept:
     """Ended spans."""
 
-    def __init__(self, resource: Resource | None = None, limits: SpanLimits | None = None) -> None:
+    def __init__(
+        self,
+        resource: Resource | None = None,
+        limits: SpanLimits | None = None,
+        provider: type[TracerProvider] = TracerProvider,
+    ) -> None:
         self.exporter = InMemorySpanExporter()
-        self.provider = TracerProvider(resource=resource, span_limits=limits, id_generator=Ids())
+        self.provider = provider(resource=resource, span_limits=limits, id_generator=Ids())
         self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
 
     @property
@@ -85,7 +59,11 @@ class Kept:
 @st.composite
 def some_spans(draw: st.DrawFn) -> list[ReadableSpan]:
     """Ended spans of two resources and two scopes; what most spans have not, these mostly have."""
-    kept = [Kept(), Kept(Resource({"service.name": "x", "n": 1}, "https://schema"), SpanLimits(max_attributes=3, max_events=1))]
+    limits = SpanLimits(max_attributes=3, max_events=1)
+    kept = [
+        Kept(provider=draw(st.sampled_from([TracerProvider, otlp.TracerProvider]))),
+        Kept(Resource({"service.name": "x", "n": 1}, "https://schema"), limits),
+    ]
     for _ in range(draw(st.integers(0, 4))):
         provider = draw(st.sampled_from(kept)).provider
         tracer = provider.get_tracer(draw(st.sampled_from(["one", "other"])), "1.0", draw(st.sampled_from([None, "https://s"])))
@@ -126,7 +104,7 @@ def said(request: ExportTraceServiceRequest) -> Counter[tuple[bytes, str, bytes,
 
 
 def encoded(spans: Sequence[ReadableSpan]) -> ExportTraceServiceRequest:
-    request: ExportTraceServiceRequest = ExportTraceServiceRequest.FromString(otlp.encode(spans))
+    request: ExportTraceServiceRequest = ExportTraceServiceRequest.FromString(encode(spans))
     return request
 
 
@@ -139,7 +117,7 @@ def test_what_is_encoded_says_what_opentelemetry_s_own_encoder_says(spans: list[
 @given(SIMPLE_ATTRIBUTES)
 def test_a_plain_span_is_the_same_byte_by_byte(attributes: dict[str, Any]) -> None:
     span = Kept().span(attributes)
-    assert otlp.encode([span]) == encode_spans([span]).SerializeToString()
+    assert encode([span]) == encode_spans([span]).SerializeToString()
 
 
 PARENT = SpanContext(1 << 120, 1 << 60, is_remote=False, trace_flags=TraceFlags(1))
@@ -165,7 +143,7 @@ def test_a_span_keeps_its_parent_and_the_state_of_its_trace(parent: SpanContext 
 @pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 16_000, 16_383, 16_384, 40_000, 3_000_000])
 def test_any_length_is_written_right(length: int) -> None:
     span = Kept().span({"long": "x" * length})
-    assert otlp.encode([span]) == encode_spans([span]).SerializeToString()
+    assert encode([span]) == encode_spans([span]).SerializeToString()
 
 
 def test_what_was_dropped_is_told() -> None:
@@ -179,7 +157,7 @@ def test_values_that_are_equal_and_not_the_same_are_told_apart() -> None:
     values = [1, True, 1.0, 0, False, 0.0, -0.0, "1", ""]
     kept = Kept()
     spans = [kept.span({"a": value}) for value in values]
-    otlp.encode(spans)
+    encode(spans)
     for span, value in zip(spans, values, strict=True):
         [attribute] = encoded([span]).resource_spans[0].scope_spans[0].spans[0].attributes
         found = getattr(attribute.value, attribute.value.WhichOneof("value"))
@@ -198,17 +176,17 @@ def test_spans_of_one_resource_and_scope_stand_together() -> None:
 
 
 def test_no_spans_are_no_bytes() -> None:
-    assert otlp.encode([]) == b""
+    assert encode([]) == b""
 
 
 def test_neither_many_values_nor_long_ones_are_kept() -> None:
     kept = Kept()
-    for number in range(3 * otlp._MOST_KEPT):
-        otlp._plain_span(kept.span({"number": number}))
-        assert len(otlp._KEPT) <= otlp._MOST_KEPT
-    before = dict(otlp._KEPT)
-    otlp._plain_span(kept.span({"long": "x" * 1000, "time": 0.5}))
-    assert before == otlp._KEPT
+    for number in range(3 * _exporter._MOST_KEPT):
+        _exporter._plain_span(kept.span({"number": number}))
+        assert len(_exporter._KEPT) <= _exporter._MOST_KEPT
+    before = dict(_exporter._KEPT)
+    _exporter._plain_span(kept.span({"long": "x" * 1000, "time": 0.5}))
+    assert before == _exporter._KEPT
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])
@@ -216,15 +194,14 @@ def test_the_exporter_sends_them(compression: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", compression)
     quickly: list[int] = []
 
-    def encode(spans: Sequence[ReadableSpan]) -> bytes:
+    def counted(spans: Sequence[ReadableSpan]) -> bytes:
         quickly.append(len(spans))
-        return own(spans)
+        return encode(spans)
 
-    own = otlp.encode
-    monkeypatch.setattr(otlp, "encode", encode)
+    monkeypatch.setattr(_exporter, "encode", counted)
     with receive_spans() as (endpoint, spans):
         provider = TracerProvider()
-        provider.add_span_processor(BatchSpanProcessor(otlp.OTLPSpanExporter(endpoint)))
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
         tracer = provider.get_tracer("llmux_asgi")
         with tracer.start_as_current_span("outer"):
             tracer.start_span("inner").end()

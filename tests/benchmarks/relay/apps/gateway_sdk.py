@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from llmux_asgi import LLMuxApp
-from llmux_asgi.otlp import OTLPSpanExporter
+from llmux_asgi.otlp import OTLPSpanExporter, TracerProvider
 from tests.benchmarks.relay.apps import gateway
 
 __all__ = ["build"]
