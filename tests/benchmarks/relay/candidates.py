@@ -87,6 +87,7 @@ _ALL = (
     Candidate("vllm-router", f"{ROUTER_VERSION}, in Rust: round robin, no retries, no circuit breaker", _router),
     Candidate("gateway", "this gateway in full, OpenTelemetry's API without an SDK", _app("gateway")),
     Candidate("gateway-sdk", "the same with the SDK: every span, in batches, by `llmux_asgi.otlp`", _app("gateway_sdk")),
+    Candidate("gateway-otel", "the same with OpenTelemetry's SDK and exporter as they come", _app("gateway_otel")),
     Candidate("httpx", "Starlette and `httpx.AsyncClient` as they come", _app("plain_httpx")),
 )
 CANDIDATES: Mapping[str, Candidate] = {candidate.name: candidate for candidate in _ALL}

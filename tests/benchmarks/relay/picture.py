@@ -11,7 +11,7 @@ __all__ = ["draw"]
 
 WIDTH, LEFT, RIGHT, TOP = 760, 230, 50, 74
 BAR, GAP = 11, 14
-COLOURS = {"nginx": "#8a8a8a", "gateway": "#0072b2", "gateway-sdk": "#56b4e9", "httpx": "#d55e00"}
+COLOURS = {"nginx": "#8a8a8a", "gateway": "#0072b2", "gateway-sdk": "#56b4e9", "gateway-otel": "#cc79a7", "httpx": "#d55e00"}
 DECADES = (-2, 2)
 """The axis goes from 0.01 to 100 times vllm-router."""
 

@@ -30,7 +30,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 def main() -> None:
     """Profile one candidate and print its functions, the costliest first."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.relay.profile")
-    parser.add_argument("--candidate", choices=["gateway", "gateway-sdk", "httpx"], default="gateway")
+    parser.add_argument("--candidate", choices=["gateway", "gateway-sdk", "gateway-otel", "httpx"], default="gateway")
     parser.add_argument("--kind", choices=["plain", "burst"], default="plain")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=8.0)
