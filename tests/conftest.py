@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -31,10 +33,26 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def uncovered_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that the test starts are not measured for coverage, which costs more than half of a short life like theirs.
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """In a worker of xdist pytest-cov begins twice, and by its mark `no_cover` it pauses only the second of these."""
+    trace = sys.gettrace()
+    if item.get_closest_marker("no_cover"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(trace)
 
-    For tests that start hundreds, and whose lines others cover.
-    """
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+_MEASURED = {"cli", "contract", "sim"}
+"""Folders whose tests are about what runs in processes of its own."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_processes_are_measured(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Coverage costs more than half of a short life like that of most processes, and what most run is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in _MEASURED:
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        yield

@@ -108,6 +108,7 @@ class Walk:
         assert self.fleet.gpu.violations == []
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(4))
 async def test_no_request_is_lost_and_no_two_servers_are_in_memory(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr("llmux_asgi._turnover._FIRST_PAUSE", 0.0)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llmux_asgi._state import Mode, Phase, SwitcherState, Ticket, TicketStatus
+
+pytestmark = pytest.mark.no_cover
 
 MODELS = ("a", "b", "c")
 models = st.sampled_from(MODELS)

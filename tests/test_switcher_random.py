@@ -171,6 +171,7 @@ class Walk:
         self.pool.check()
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("seed", "stoppable"), [(1, ""), (2, ""), (3, "ab")])
 async def test_no_request_reaches_a_sleeping_server_in_ten_thousand_random_steps(seed: int, stoppable: str) -> None:
     walk = Walk(seed, STEPS, stoppable)

@@ -80,6 +80,7 @@ async def take_turns(servers: Trio, turns: str, level: int, timeouts: dict[str, 
     return answers
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("level", "faults", "timeouts", "errors"),
     [

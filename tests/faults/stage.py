@@ -498,9 +498,6 @@ class Stage:
 @contextmanager
 def stage_for(setting: Setting, loop: EventLoop, folder: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Stage]:
     """Set the stage; afterwards no process of it may be left."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
-            patch.delenv(name, raising=False)  # hundreds of processes: what they run is measured elsewhere
-        with Stage(setting, loop, folder, caplog) as stage:
-            yield stage
+    with Stage(setting, loop, folder, caplog) as stage:
+        yield stage
     assert processes_of(os.getpid()) == []

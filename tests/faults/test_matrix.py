@@ -20,7 +20,6 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("uncovered_processes")
 @pytest.mark.parametrize(("name", "loop"), CASES)
 def test_a_fault_has_a_known_end(name: str, loop: EventLoop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fault = FAULTS[name]

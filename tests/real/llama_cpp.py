@@ -29,6 +29,7 @@ __all__ = ["LlamaServerError", "ensure_llama_server", "missing_tools", "running_
 _VERSION = "11434.0.0"
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
+    *(f"-DCMAKE_{language}_FLAGS_RELEASE=-O1 -DNDEBUG" for language in ("C", "CXX")),  # quick to compile: its model is tiny
     "-DBUILD_SHARED_LIBS=OFF",  # one file that runs from anywhere
     "-DGGML_NATIVE=OFF",  # the cache may be shared by machines
     "-DLLAMA_CURL=OFF",

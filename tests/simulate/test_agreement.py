@@ -54,6 +54,7 @@ def classified(load: Workload, seed: int) -> Workload:
     return Workload(load.name, [replace(s, rounds=[[one(a) for a in part] for part in s.rounds]) for s in load.scripts])
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_simulator_does_what_the_switcher_does(name: str, seed: int) -> None:
@@ -67,6 +68,7 @@ def test_the_simulator_does_what_the_switcher_does(name: str, seed: int) -> None
     assert most == 2 if name == "preempting fifo" else (most > 0) == name.startswith("preempting")
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ["fifo", "gated_quantum", "pressure", "throughput", "preempting", "preempting pressure"])
 def test_with_priorities_and_queue_limits_too(name: str, seed: int) -> None:

@@ -11,7 +11,6 @@ from tests.soak.run import Size, soak
 from tests.support.serve import EventLoop
 
 
-@pytest.mark.usefixtures("uncovered_processes")
 @pytest.mark.parametrize(("loop", "seed", "preempts"), [("asyncio", 1, False), ("trio", 2, True)])
 def test_every_request_has_its_answer_or_an_error_and_nothing_is_left_over(loop: EventLoop, seed: int, preempts: bool) -> None:
     size = Size(150, 15, faults=4, concurrency=16, minutes=3, preempts=preempts, memory_is_judged=False)
