@@ -36,9 +36,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> str:
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """In a worker of xdist pytest-cov begins twice, and by its mark `no_cover` it pauses only the second of these."""
+    if not item.get_closest_marker("no_cover"):
+        return (yield)
     trace = sys.gettrace()
-    if item.get_closest_marker("no_cover"):
-        sys.settrace(None)
+    sys.settrace(None)
     try:
         return (yield)
     finally:
